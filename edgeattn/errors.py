@@ -1,0 +1,68 @@
+"""The one exception family of edgeattn: each error says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgeattnError(Exception):
+    """A refusal that a user can act on.
+
+    The three parts are joined to one sentence, so that no message can forget one of them.
+
+    Args:
+        expected: what edgeattn needed, as a noun phrase ("a config.json in ./model").
+        came: what it found instead, as a clause ("the directory holds none").
+        todo: what the user can do now, as an imperative ("pass a Hugging Face directory").
+    """
+
+    exit_code = 1
+
+    def __init__(self, *, expected: str, came: str, todo: str) -> None:
+        self.expected, self.came, self.todo = expected, came, todo
+        super().__init__(f"expected {expected}, but {came}: {todo}")
+
+
+class UsageError(EdgeattnError):
+    """The command line or recipe names something that does not exist or does not parse."""
+
+    exit_code = 2
+
+
+class CheckpointError(EdgeattnError):
+    """The checkpoint is missing, broken, or of a kind edgeattn does not read."""
+
+
+class LoweringError(EdgeattnError):
+    """The target cannot run what the recipe asks for."""
+
+
+class BundleError(EdgeattnError):
+    """A bundle is missing, damaged, in the way, or made for something else."""
+
+
+class ProofError(EdgeattnError):
+    """Two implementations that must agree do not."""
+
+
+class MissingDependencyError(EdgeattnError):
+    """An optional package or tool is needed and not installed."""
+
+
+class RuntimeInputError(EdgeattnError):
+    """A text, prompt or tensor given at run time cannot be used."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not registered; suggests the near ones.
+
+    Args:
+        kind: what the name stands for ("target", "scheme", ...).
+        name: the name the user gave.
+        known: all registered names.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    todo = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+    return UsageError(expected=f"a known {kind}", came=f"'{name}' is none", todo=todo)

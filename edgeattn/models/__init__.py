@@ -1,0 +1,1 @@
+"""Checkpoints in, one decoder definition in plain torch, families as data."""

@@ -1,0 +1,275 @@
+"""Checkpoints: a Hugging Face directory or a GGUF file, read lazily, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgeattn.errors import CheckpointError
+from edgeattn.models.families import parameter_names, shape_from_config
+from edgeattn.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class WeightReader(Protocol):
+    """Reads one parameter at a time, so that a whole model need never be in memory."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter `name` (see `families.parameter_names`) in the dtype it is stored in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose header was read and checked, and whose weights are still on disk.
+
+    Attributes:
+        name: short name, used for the default output folder.
+        shape: the architecture.
+        config: config.json as the bundle will carry it.
+        generation_config: generation_config.json, possibly empty.
+        text: the tokenizer's files by name (a subset of `TEXT_FILES`).
+        identity: what the manifest says of the source: format, file names and sizes, fingerprint.
+        weights: reads parameters.
+    """
+
+    name: str
+    shape: ModelShape
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    text: Mapping[str, bytes]
+    identity: Mapping[str, Any]
+    weights: WeightReader = field(repr=False)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens MODEL: a Hugging Face directory or a `.gguf` file.
+
+    Raises:
+        CheckpointError: nothing is there, the kind is unknown, or the header does not add up.
+    """
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from edgeattn.models.gguf import open_gguf
+
+        return open_gguf(path)
+    raise CheckpointError(
+        expected="a Hugging Face directory or a .gguf file as MODEL",
+        came=f"{path} is neither" if path.exists() else f"{path} does not exist",
+        todo="pass the folder that holds config.json and model.safetensors, or a .gguf file",
+    )
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The architecture of MODEL, without torch and without looking at its weights."""
+    if path.is_dir():
+        return shape_from_config(_read_json(path / "config.json", required=True))
+    return open_checkpoint(path).shape
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config = _read_json(path / "config.json", required=True)
+    shape = shape_from_config(config)
+    weights = SafetensorsReader.open(path)
+    weights.check(shape)
+    return Checkpoint(
+        name=path.resolve().name,
+        shape=shape,
+        config=config,
+        generation_config=_read_json(path / "generation_config.json", required=False),
+        text={n: (path / n).read_bytes() for n in TEXT_FILES if (path / n).is_file()},
+        identity={"format": "huggingface", **weights.identity(config)},
+        weights=weights,
+    )
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if not required:
+            return {}
+        raise CheckpointError(
+            expected=f"a {path.name} in {path.parent}",
+            came="the directory holds none",
+            todo="pass a complete Hugging Face directory or a .gguf file",
+        )
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            expected=f"{path} to be JSON",
+            came=f"it does not parse ({error})",
+            todo="download the file again",
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            expected=f"{path} to hold a JSON object",
+            came=f"it holds a {type(value).__name__}",
+            todo="download the file again",
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class SafetensorsReader:
+    """Parameters of a Hugging Face directory, single file or sharded.
+
+    Each read maps its file anew, so that pages of earlier tensors do not count as memory in use.
+
+    Attributes:
+        files: parameter name in the files -> file.
+    """
+
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, directory: Path) -> SafetensorsReader:
+        """Lists the tensors of `directory` from its index or its single file.
+
+        Raises:
+            CheckpointError: no weights, a missing or broken shard, an index that leads outside.
+        """
+        single = directory / "model.safetensors"
+        if single.is_file():
+            return cls(dict.fromkeys(_tensor_names(single), single))
+        index = directory / "model.safetensors.index.json"
+        if not index.is_file():
+            raise CheckpointError(
+                expected=f"model.safetensors or model.safetensors.index.json in {directory}",
+                came="the directory holds neither",
+                todo="save the model with safetensors (pickled .bin files are never loaded)",
+            )
+        shards = _read_json(index, required=True).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+            raise CheckpointError(
+                expected=f"a weight_map from tensor to file name in {index}",
+                came="there is none",
+                todo="download the index again",
+            )
+        files = {shard: _shard_path(directory, shard) for shard in set(shards.values())}
+        held = {shard: set(_tensor_names(file)) for shard, file in files.items()}
+        for name, shard in shards.items():
+            if name not in held[shard]:
+                raise CheckpointError(
+                    expected=f"tensor {name} in {shard}, as the index says",
+                    came="the shard does not hold it",
+                    todo="download the shard and the index again",
+                )
+        return cls({name: files[shard] for name, shard in shards.items()})
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuses a checkpoint whose tensors are not those of `shape`.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape or an unreadable dtype.
+        """
+        headers = {file: _header(file) for file in set(self.files.values())}
+        for name, wanted in parameter_names(shape).items():
+            stored = self._stored_name(name)
+            found, dtype = headers[self.files[stored]][stored]
+            if found != wanted:
+                raise CheckpointError(
+                    expected=f"tensor {stored} of shape {list(wanted)}, as config.json says",
+                    came=f"its shape is {list(found)}",
+                    todo="use the config.json that belongs to these weights",
+                )
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    expected=f"tensor {stored} in one of {', '.join(_DTYPES)}",
+                    came=f"it is stored as {dtype}",
+                    todo="start from the unquantised checkpoint",
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter in its stored dtype; a view of the mapped file."""
+        from safetensors import safe_open
+
+        stored = self._stored_name(name)
+        with safe_open(self.files[stored], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+        return tensor
+
+    def identity(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """File names, sizes and a fingerprint over config and headers (not over every weight)."""
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        files = sorted(set(self.files.values()))
+        for file in files:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(min(size, 1 << 26)))
+        return {
+            "files": {f.name: f.stat().st_size for f in files},
+            "fingerprint": digest.hexdigest(),
+        }
+
+    def _stored_name(self, name: str) -> str:
+        for candidate in (f"model.{name}", name):
+            if candidate in self.files:
+                return candidate
+        raise CheckpointError(
+            expected=f"a tensor model.{name}, as config.json implies",
+            came="no file of the checkpoint holds it",
+            todo="download the missing shard or use the config.json of these weights",
+        )
+
+
+def _shard_path(directory: Path, shard: str) -> Path:
+    if Path(shard).name != shard or shard in ("", ".", ".."):
+        raise CheckpointError(
+            expected="an index that names files beside it",
+            came=f"it names '{shard}', which leads outside the checkpoint",
+            todo="do not use this checkpoint before you know where it comes from",
+        )
+    path = directory / shard
+    if not path.is_file():
+        raise CheckpointError(
+            expected=f"shard {shard}, which the index names, in {directory}",
+            came="the file is missing",
+            todo="download it",
+        )
+    return path
+
+
+def _tensor_names(file: Path) -> list[str]:
+    return list(_header(file))
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a safetensors file, checked against its length by the library."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {n: (tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            expected=f"{file} to be a whole safetensors file",
+            came=f"it does not open ({error})",
+            todo="download it again",
+        ) from error
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a parameter with NaN or infinity, naming it.
+
+    Raises:
+        CheckpointError: some element is not finite.
+    """
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            expected=f"finite weights in {name}",
+            came="it holds NaN or infinity",
+            todo="use an intact checkpoint, or a wider --dtype if the values overflow this one",
+        )
+
+

@@ -1,0 +1,107 @@
+"""`Model`: an architecture and its weights, as transforms pass it on. Weights are read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgeattn.models.attention import OperatorForm
+from edgeattn.models.checkpoint import Checkpoint, check_finite
+from edgeattn.models.decoder import Decoder
+from edgeattn.models.families import parameter_names
+from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.scheme import WeightFormat
+from edgeattn.shape import ModelShape
+
+Progress = Callable[[int, int], None]
+
+
+class ModelWeights(Protocol):
+    """Parameters of a model after the transforms so far, each computed when it is read."""
+
+    def format(self, name: str) -> WeightFormat | None:
+        """How `name` is quantised, known without reading it; None is floating point."""
+        ...
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """The parameter, floating point or quantised as `format` says."""
+        ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model between two transforms.
+
+    Attributes:
+        shape: the architecture.
+        weights: its parameters, lazily.
+    """
+
+    shape: ModelShape
+    weights: ModelWeights
+
+
+@dataclass(frozen=True)
+class _CheckpointWeights:
+    checkpoint: Checkpoint
+
+    def format(self, name: str) -> WeightFormat | None:
+        return None
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.checkpoint.weights.read(name)
+        check_finite(name, tensor)
+        return tensor
+
+
+def model_of(checkpoint: Checkpoint) -> Model:
+    """The model as the checkpoint holds it; a NaN or infinite weight is refused when read."""
+    return Model(checkpoint.shape, _CheckpointWeights(checkpoint))
+
+
+def rounded(name: str, value: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """A parameter as a graph in `dtype` sees it: dequantised, rounded to `dtype`.
+
+    Raises:
+        CheckpointError: a weight overflows the dtype.
+    """
+    if isinstance(value, QuantizedTensor):
+        return value.dequantize().to(dtype)
+    cast = value.to(dtype)
+    check_finite(name, cast)
+    return cast
+
+
+def load_decoder(
+    model: Model,
+    *,
+    weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    form: OperatorForm = "standard",
+    progress: Progress | None = None,
+) -> Decoder:
+    """Builds the decoder in PyTorch with every weight loaded.
+
+    Args:
+        model: where the weights come from.
+        weight_dtype: dtype the weights are rounded to first, as the exported graph stores them.
+        compute_dtype: dtype of parameters and activations.
+        form: spelling of attention.
+        progress: called with (parameters loaded, all parameters).
+    """
+    with torch.device("meta"):
+        decoder = Decoder(model.shape, form=form)
+    decoder = decoder.to_empty(device="cpu").to(compute_dtype).eval().requires_grad_(False)
+    parameters = dict(decoder.named_parameters())
+    names = parameter_names(model.shape)
+    for count, name in enumerate(names, start=1):
+        value = rounded(name, model.weights.read(name), weight_dtype)
+        parameters[name].copy_(value)
+        if progress:
+            progress(count, len(names))
+    decoder.reset_rotary()
+    return decoder

@@ -1,0 +1,1 @@
+"""Arithmetic about what will run where: no torch, no files."""

@@ -1,0 +1,134 @@
+"""`plan_lowering`: which graph a recipe becomes on a target, or why it cannot. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from edgeattn.devices.registry import Target
+from edgeattn.errors import LoweringError
+from edgeattn.quant.scheme import Scheme
+from edgeattn.recipe import Recipe
+from edgeattn.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Every choice about the graph that does not depend on the model.
+
+    Attributes:
+        target: canonical NAME@SOFTWARE.
+        flavour: the engine that will run it.
+        dtype: activations, unquantised weights, cache and logits.
+        scheme: quantisation.
+        opset: of the ONNX standard domain.
+        attention: "standard" (Attention-23) or "primitive" operators.
+        embedding: how a quantised table is read: "dequantize-gather" (TensorRT takes a quantised
+            constant only right before DequantizeLinear, and folds the pair) or
+            "gather-dequantize" (ONNX Runtime would dequantise the whole table at each step).
+        kv_cache: "concat" joins past and new keys outside the attention.
+        logits: "all" or "last".
+        batch: most rows at once.
+        context: longest sequence asked for; None is the checkpoint's own.
+        strip_functions: function bodies are removed before an engine is built.
+        rtx_sm: compute capability the TensorRT-RTX check builds for; None where TensorRT has no part.
+    """
+
+    target: str
+    flavour: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    dtype: Literal["fp32", "fp16", "bf16"]
+    scheme: Scheme
+    opset: int
+    attention: Literal["standard", "primitive"]
+    embedding: Literal["dequantize-gather", "gather-dequantize"]
+    kv_cache: Literal["concat"]
+    logits: Literal["all", "last"]
+    batch: int
+    context: int | None
+    strip_functions: bool
+    rtx_sm: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, for the manifest and `--dry-run`."""
+        return {**asdict(self), "scheme": self.scheme.to_dict()}
+
+
+def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
+    """Decides the graph for `recipe` on `target`.
+
+    Raises:
+        LoweringError: the target cannot run it; the sentence gives the reason.
+    """
+    dtype = recipe.dtype or target.preferred_dtype
+    if dtype not in target.dtypes:
+        raise _refused(target, f"a dtype among {', '.join(target.dtypes)}", f"--dtype is {dtype}")
+    scheme = recipe.scheme
+    _check_weights(scheme, target)
+    graph = target.software.graph
+    return Lowering(
+        target=target.name,
+        flavour=target.flavour,
+        dtype=dtype,  # type: ignore[arg-type]
+        scheme=scheme,
+        opset=target.opset(int4=4 in scheme.weight_bits),
+        attention=graph.operators,
+        embedding=_embedding_form(target),
+        kv_cache=graph.kv_cache,
+        logits=recipe.logits,  # type: ignore[arg-type]
+        batch=recipe.batch,
+        context=recipe.context,
+        strip_functions=graph.strip_functions,
+        rtx_sm=target.device.gpu.nearest_rtx_sm if target.device.gpu else None,
+    )
+
+
+def _embedding_form(target: Target) -> Literal["dequantize-gather", "gather-dequantize"]:
+    return "gather-dequantize" if target.flavour == "onnxruntime" else "dequantize-gather"
+
+
+def _check_weights(scheme: Scheme, target: Target) -> None:
+    missing = scheme.weight_bits - set(target.weight_bits)
+    if missing:
+        sm = f" (SM{target.device.gpu.sm})" if target.device.gpu else ""
+        raise _refused(
+            target,
+            f"weights of {' or '.join(f'{b} bits' for b in target.weight_bits)}",
+            f"scheme {scheme.label} stores int{min(missing)} weights, "
+            f"which {target.device.name}{sm} has no kernels for",
+        )
+    group = scheme.linear.group_size if scheme.linear else None
+    if group is not None and group not in target.int4_group_sizes:
+        allowed = " or ".join(map(str, target.int4_group_sizes))
+        raise _refused(target, f"a group of {allowed}", f"scheme {scheme.label} uses {group}")
+
+
+def check_shape(lowering: Lowering, shape: ModelShape) -> None:
+    """Refuses a model that the lowering cannot carry.
+
+    Raises:
+        LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
+    """
+    linear = lowering.scheme.linear
+    group = linear.group_size if linear else None
+    if group is not None:
+        for name, (_, inputs) in shape.linears().items():
+            if inputs % group:
+                raise LoweringError(
+                    expected=f"a group that divides the {inputs} inputs of {name}",
+                    came=f"scheme {lowering.scheme.label} uses groups of {group}",
+                    todo="choose --quant w8-rtn or another group",
+                )
+    if lowering.context is not None and lowering.context > shape.max_context:
+        raise LoweringError(
+            expected=f"a context of at most {shape.max_context} tokens, which the checkpoint knows",
+            came=f"--context is {lowering.context}",
+            todo="ask for less",
+        )
+
+
+def _refused(target: Target, expected: str, came: str) -> LoweringError:
+    return LoweringError(
+        expected=f"{expected} on {target.name}",
+        came=came,
+        todo="choose another scheme, dtype or target (edgeattn targets lists them)",
+    )

@@ -1,0 +1,1 @@
+"""Quantisation as pure maths: schemes are values, no model names here."""

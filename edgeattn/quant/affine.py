@@ -1,0 +1,111 @@
+"""Symmetric quantisation of weight matrices: choose scales, quantise, dequantise. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgeattn.quant.scheme import WeightFormat
+
+# Scales tried by the MSE search, as fractions of the one that maps the largest weight to the largest
+# integer. Below a half, clipping loses more than rounding gains.
+_CLIP_FRACTIONS = tuple(1.0 - 0.03 * i for i in range(17))
+# Weights searched at once: small enough that the temporaries stay in a core's cache.
+_CHUNK_WEIGHTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight matrix as integers and scales.
+
+    Attributes:
+        qdata: `[outputs, inputs]` int8, within the format's range.
+        scale: `[outputs, inputs / group_size]`, or `[outputs, 1]` per channel, floating point.
+        format: bits and group size.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    format: WeightFormat
+
+    def dequantize(self) -> Tensor:
+        """`[outputs, inputs]` in the dtype of the scales, multiplied once, as ONNX defines it."""
+        groups = self.qdata.unflatten(-1, (self.scale.shape[-1], -1)).to(self.scale.dtype)
+        return (groups * self.scale.unsqueeze(-1)).flatten(-2)
+
+
+def quantize_symmetric(
+    weight: Tensor,
+    format: WeightFormat,
+    *,
+    clip: Literal["mse", "max"],
+    scale_dtype: torch.dtype = torch.float32,
+) -> QuantizedTensor:
+    """Round-to-nearest quantisation.
+
+    Scales are rounded to `scale_dtype` before the weights are divided by them, so that the integers
+    are the best ones for the scales that are stored.
+
+    Args:
+        weight: `[outputs, inputs]`, floating point.
+        format: bits and group size; the group divides `inputs`.
+        clip: "max" or "mse", see `Scheme.clip`.
+        scale_dtype: dtype the scales are stored in.
+    """
+    group = format.group_size or weight.shape[1]
+    rows = weight.shape[0]
+    grouped = weight.reshape(-1, group)
+    qdata = torch.empty(grouped.shape, dtype=torch.int8)
+    scale = torch.empty(grouped.shape[0], 1, dtype=scale_dtype)
+    step = max(1, _CHUNK_WEIGHTS // group)
+    for start in range(0, grouped.shape[0], step):
+        part = grouped[start : start + step].float()
+        chosen = choose_scale(part, format, clip=clip, scale_dtype=scale_dtype)
+        scale[start : start + step] = chosen
+        qdata[start : start + step] = quantize(part, chosen.float(), format)
+    return QuantizedTensor(qdata.view(rows, -1), scale.view(rows, -1), format)
+
+
+def choose_scale(
+    groups: Tensor,
+    format: WeightFormat,
+    *,
+    clip: Literal["mse", "max"],
+    scale_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One positive scale per row of `groups` `[n, group]` fp32, as `[n, 1]` in `scale_dtype`.
+
+    Rows of zeros get the smallest normal scale of the dtype: TensorRT demands positive scales.
+    """
+    tiny = torch.finfo(scale_dtype).tiny
+    largest = groups.abs().amax(dim=1, keepdim=True).clamp_min_(tiny)
+    fraction = _best_fraction(groups, largest, format) if clip == "mse" else 1.0
+    return (largest * fraction / format.high).clamp_min_(tiny).to(scale_dtype)
+
+
+def _best_fraction(groups: Tensor, largest: Tensor, format: WeightFormat) -> Tensor:
+    """Per row the fraction of `largest` whose scale gives the least squared error, `[n, 1]`.
+
+    Rows are first normalised so that each candidate is one number for all rows: scalars vectorise
+    an order of magnitude better than a broadcast column.
+    """
+    normalised = groups * (format.high / largest)
+    buffer = torch.empty_like(normalised)
+    best = torch.ones_like(largest)
+    best_error = torch.full_like(largest, torch.inf)
+    for fraction in _CLIP_FRACTIONS:
+        torch.mul(normalised, 1 / fraction, out=buffer)
+        buffer.round_().clamp_(format.low, format.high)
+        torch.add(normalised, buffer, alpha=-fraction, out=buffer)
+        error = torch.linalg.vector_norm(buffer, dim=1, keepdim=True)
+        best[error < best_error] = fraction
+        best_error = torch.minimum(best_error, error)
+    return best
+
+
+def quantize(groups: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
+    """round(groups / scale) clamped to the format's range, int8; ties to even, as in ONNX."""
+    return (groups / scale).round_().clamp_(format.low, format.high).to(torch.int8)

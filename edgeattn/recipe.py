@@ -1,0 +1,117 @@
+"""The frozen value that says what is asked for: from flags, from TOML, or read back from a manifest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from edgeattn.errors import UsageError, unknown_name
+from edgeattn.quant.scheme import Scheme, parse_scheme
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DTYPES = ("fp32", "fp16", "bf16")
+LOGITS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user asks of `export`; everything else is derived from it, the model and the target.
+
+    Attributes:
+        target: NAME[@SOFTWARE].
+        quant: NAME[:key=value,…] of a quantisation scheme.
+        dtype: activations and unquantised weights; None takes the target's preferred one.
+        context: longest sequence in tokens; None takes the checkpoint's own.
+        batch: most rows at once.
+        logits: "all" positions or the "last" one only.
+    """
+
+    target: str
+    quant: str = "none"
+    dtype: str | None = None
+    context: int | None = None
+    batch: int = 1
+    logits: str = "all"
+
+    def __post_init__(self) -> None:
+        """Refuses values that are no recipe, whatever the target.
+
+        Raises:
+            UsageError: naming the field, what it allows and what came.
+        """
+        _check_types(self)
+        parse_scheme(self.quant)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+        if self.logits not in LOGITS:
+            raise unknown_name("choice of logits", self.logits, LOGITS)
+        for name, value in (("context", self.context), ("batch", self.batch)):
+            if value is not None and value < 1:
+                raise UsageError(
+                    expected=f"a positive {name}", came=f"it is {value}", todo="give at least 1"
+                )
+
+    @property
+    def scheme(self) -> Scheme:
+        """The parsed quantisation scheme."""
+        return parse_scheme(self.quant)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values without the fields left at None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Builds a recipe from names and values.
+
+        Raises:
+            UsageError: an unknown field, a missing target, or a value of the wrong type.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_name("field of a recipe", key, known)
+        if "target" not in values:
+            raise UsageError(
+                expected="a target",
+                came="none was named",
+                todo="pass --target NAME or write target = \"NAME\" into the recipe",
+            )
+        return cls(**values)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe file, still unchecked so that flags can override them.
+
+    Raises:
+        UsageError: the file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            expected=f"a TOML recipe at {path}",
+            came=f"it cannot be read ({error})",
+            todo="write lines like target = \"jetson-orin\"",
+        ) from error
+
+
+def _check_types(recipe: Recipe) -> None:
+    wanted = {"context": int, "batch": int}
+    for f in fields(recipe):
+        value = getattr(recipe, f.name)
+        kind = wanted.get(f.name, str)
+        optional = f.default is None and value is None
+        if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UsageError(
+                expected=f"{f.name} as {'a whole number' if kind is int else 'a text'}",
+                came=f"it is {value!r}",
+                todo="correct the recipe",
+            )

@@ -1,0 +1,1 @@
+"""Model -> Model, each with a report: the passes a recipe asks for, applied as weights are read."""

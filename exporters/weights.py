@@ -1,0 +1,262 @@
+"""Weights of a stamped graph: how each parameter is stored, and streaming them to one file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from edgeattn.models.attention import inverse_frequencies
+from edgeattn.models.families import parameter_names
+from edgeattn.models.model import Model, Progress, rounded
+from edgeattn.planner.lowering import Lowering
+from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.packing import pack_int4
+from edgeattn.quant.scheme import WeightFormat
+
+ROTARY = "inv_freq"
+IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+# Offsets a runtime can map without copying.
+_PAGE = 4096
+
+Part = Literal["float", "qdata", "scale"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One initialiser of the file.
+
+    Attributes:
+        value: its value in the graph.
+        parameter: the decoder parameter it comes from.
+        part: the floating-point weight, or the integers or scales of a quantised one.
+        transposed: stored as [inputs, outputs], the operand order of MatMul.
+    """
+
+    value: ir.Value
+    parameter: str
+    part: Part
+    transposed: bool
+
+
+@dataclass
+class WeightBinder:
+    """Creates the initialisers and DequantizeLinear nodes a graph reads its parameters from.
+
+    Attributes:
+        model: names, shapes and formats of the parameters.
+        lowering: dtype and embedding form.
+        stored: every initialiser made so far, in graph order.
+    """
+
+    model: Model
+    lowering: Lowering
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Looks the parameter shapes up once."""
+        self._shapes = parameter_names(self.model.shape)
+        self._dtype = IR_DTYPES[self.lowering.dtype]
+
+    def parameter(self, name: str) -> ir.Value:
+        """A parameter that is never quantised: norm gains, biases, rotary frequencies."""
+        if name == ROTARY:
+            size = (self.model.shape.head_dim // 2,)
+            return self._store(name, name, "float", ir.DataType.FLOAT, size, transposed=False)
+        return self._store(name, name, "float", self._dtype, self._shapes[name], transposed=False)
+
+    def matrix(self, name: str, *, transposed: bool, prefix: str) -> tuple[ir.Value, list[ir.Node]]:
+        """A weight matrix as a floating-point value, and the nodes that dequantise it.
+
+        Args:
+            name: the parameter, [outputs, inputs] in the decoder.
+            transposed: give it as [inputs, outputs].
+            prefix: makes the names of the nodes unique.
+        """
+        outputs, inputs = self._shapes[name]
+        format = self.model.weights.format(name)
+        if format is None:
+            size = (inputs, outputs) if transposed else (outputs, inputs)
+            value = self._store(name, name, "float", self._dtype, size, transposed=transposed)
+            return value, []
+        qdata, scale = self._quantized(name, format, transposed=transposed)
+        node = _dequantize(prefix + name, qdata, scale, format, output_axis=int(transposed))
+        node.outputs[0].type = ir.TensorType(self._dtype)
+        return node.outputs[0], [node]
+
+    def rows(self, name: str, indices: ir.Value, output_name: str) -> list[ir.Node]:
+        """Nodes that give rows `indices` of a table as floating point, named `output_name`."""
+        format = self.model.weights.format(name)
+        if format is None or self.lowering.embedding == "dequantize-gather":
+            table, nodes = self.matrix(name, transposed=False, prefix="embedding.")
+            return [*nodes, _node("Gather", [table, indices], output_name, axis=0)]
+        return self._gather_dequantize(name, format, indices, output_name)
+
+    def _gather_dequantize(
+        self, name: str, format: WeightFormat, indices: ir.Value, output_name: str
+    ) -> list[ir.Node]:
+        qdata, scale = self._quantized(name, format, transposed=False)
+        rows = _node("Gather", [qdata, indices], "embedding.qdata", axis=0)
+        scales = _node("Gather", [scale, indices], "embedding.scale", axis=0)
+        last = _constant("embedding.last_axis", np.array([-1], dtype=np.int64))
+        column = _node("Unsqueeze", [scales.outputs[0], last.outputs[0]], "embedding.scale_column")
+        floats = _node("Cast", [rows.outputs[0]], "embedding.float", to=int(self._dtype))
+        product = _node("Mul", [floats.outputs[0], column.outputs[0]], output_name)
+        return [rows, scales, last, column, floats, product]
+
+    def _quantized(
+        self, name: str, format: WeightFormat, *, transposed: bool
+    ) -> tuple[ir.Value, ir.Value]:
+        outputs, inputs = self._shapes[name]
+        integer = ir.DataType.INT4 if format.bits == 4 else ir.DataType.INT8
+        size = (inputs, outputs) if transposed else (outputs, inputs)
+        qdata = self._store(name, name, "qdata", integer, size, transposed=transposed)
+        if format.group_size is None:
+            scales: tuple[int, ...] = (outputs,)
+        else:
+            groups = inputs // format.group_size
+            scales = (groups, outputs) if transposed else (outputs, groups)
+        scale = self._store(
+            f"{name}_scale", name, "scale", self._dtype, scales, transposed=transposed
+        )
+        return qdata, scale
+
+    def _store(
+        self,
+        key: str,
+        parameter: str,
+        part: Part,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool,
+    ) -> ir.Value:
+        if key not in self.stored:
+            value = ir.Value(name=key, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+            self.stored[key] = StoredTensor(value, parameter, part, transposed)
+        found = self.stored[key]
+        assert found.transposed == transposed, f"{key} is wanted in two layouts"
+        return found.value
+
+
+def _dequantize(
+    name: str, qdata: ir.Value, scale: ir.Value, format: WeightFormat, *, output_axis: int
+) -> ir.Node:
+    if format.group_size is None:
+        return _node("DequantizeLinear", [qdata, scale], f"{name}_dequantized", axis=output_axis)
+    return _node(
+        "DequantizeLinear",
+        [qdata, scale],
+        f"{name}_dequantized",
+        axis=1 - output_axis,
+        block_size=format.group_size,
+    )
+
+
+def _node(op_type: str, inputs: list[ir.Value], output: str, **attributes: int) -> ir.Node:
+    node = ir.node(op_type, inputs, attributes=attributes, name=f"{op_type}:{output}")
+    node.outputs[0].name = output
+    return node
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Node:
+    node = ir.node("Constant", [], attributes={"value": ir.tensor(array)}, name=f"Constant:{name}")
+    node.outputs[0].name = name
+    return node
+
+
+def write_weights(
+    binder: WeightBinder, path: Path, *, progress: Progress | None = None
+) -> tuple[int, str]:
+    """Streams every bound parameter to `path` and points the initialisers at it.
+
+    Only one parameter (read, quantised, packed) is in memory at a time.
+
+    Returns:
+        The size in bytes and the sha256 of the file.
+    """
+    by_parameter: dict[str, list[StoredTensor]] = {}
+    for stored in binder.stored.values():
+        by_parameter.setdefault(stored.parameter, []).append(stored)
+    with path.open("wb") as file:
+        writer = _HashingWriter(file)
+        for count, (parameter, parts) in enumerate(by_parameter.items(), start=1):
+            for stored, data in _encode(binder, parameter, parts):
+                offset = writer.write_aligned(data)
+                assert stored.value.shape is not None and stored.value.dtype is not None
+                stored.value.const_value = ir.ExternalTensor(
+                    path.name,
+                    offset,
+                    data.nbytes,
+                    stored.value.dtype,
+                    shape=stored.value.shape,
+                    name=stored.value.name or "",
+                    base_dir=path.parent,
+                )
+            if progress:
+                progress(count, len(by_parameter))
+    return writer.position, writer.digest.hexdigest()
+
+
+def _encode(
+    binder: WeightBinder, parameter: str, parts: list[StoredTensor]
+) -> Iterator[tuple[StoredTensor, np.ndarray]]:
+    """The bytes of each part of one parameter, as a flat uint8 array."""
+    dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[
+        binder.lowering.dtype
+    ])
+    if parameter == ROTARY:
+        yield parts[0], _bytes(inverse_frequencies(binder.model.shape))
+        return
+    value = binder.model.weights.read(parameter)
+    for stored in parts:
+        if isinstance(value, QuantizedTensor):
+            tensor = value.qdata if stored.part == "qdata" else value.scale
+            if stored.part == "scale" and value.format.group_size is None:
+                tensor = tensor.reshape(-1)
+        else:
+            tensor = rounded(parameter, value, dtype)
+        if stored.transposed and tensor.dim() == 2:
+            tensor = tensor.T.contiguous()
+        if stored.value.dtype == ir.DataType.INT4:
+            tensor = pack_int4(tensor)
+        yield stored, _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return array
+
+
+class _HashingWriter:
+    """Writes arrays at page-aligned offsets and hashes what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.position = 0
+
+    def write_aligned(self, data: np.ndarray) -> int:
+        """Appends `data` and returns the offset it starts at."""
+        self._put(memoryview(bytes(-self.position % _PAGE)))
+        offset = self.position
+        self._put(memoryview(data))
+        return offset
+
+    def _put(self, data: memoryview) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.position += data.nbytes
+
+
