@@ -1,0 +1,118 @@
+"""`edgeattn targets`: which devices there are, and every fact about one with its source."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgeattn.devices.registry import Target
+    from edgeattn.devices.schema import Device
+
+_EPILOG = """\b
+Examples:
+  edgeattn targets
+  edgeattn targets jetson-orin@jetpack6.2
+  edgeattn targets --json
+"""
+
+
+@click.command("targets", epilog=_EPILOG)
+@click.argument("name", required=False, metavar="[NAME[@SOFTWARE]]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the targets, or the facts of one with their sources."""
+    # not at the top: `edgeattn --help` must not wait for pydantic and rich
+    from edgeattn.devices.registry import all_devices, parse_target
+
+    target = parse_target(name) if name else None
+    if as_json:
+        facts = (
+            _target_facts(target)
+            if target
+            else {"targets": [device.model_dump(mode="json") for device in all_devices()]}
+        )
+        click.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if target is None:
+        console.print(_overview(all_devices()))
+        return
+    console.print(f"{target.name}: {target.device.description}", markup=False, highlight=False)
+    console.print(_fact_table(target))
+
+
+def _target_facts(target: Target) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "device": target.device.model_dump(mode="json"),
+        "software": target.software.model_dump(mode="json"),
+    }
+
+
+def _overview(devices: tuple[Device, ...]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, caption="the first software is the default")
+    for title in ("target", "sm", "memory", "software", "engine", "aliases"):
+        table.add_column(title, no_wrap=title in ("target", "memory"), overflow="fold")
+    for device in devices:
+        first = device.software.default
+        others = [name for name in reversed(device.software.allowed) if name != first]
+        table.add_row(
+            device.name,
+            str(device.sm or "-"),
+            _memory(device),
+            "\n".join([first, *others]),
+            device.flavour,
+            "\n".join(device.aliases) or "-",
+        )
+    return table
+
+
+def _memory(device: Device) -> str:
+    if device.memory is None:
+        return "-"
+    shared = "\nshared" if device.memory.shared_with_cpu else ""
+    return f"{device.memory.total_gb:g} GB{shared}"
+
+
+def _fact_table(target: Target) -> Table:
+    from rich.table import Table
+
+    table = Table(show_lines=True)
+    for title in ("fact", "value", "source"):
+        table.add_column(title, overflow="fold")
+    facts = _target_facts(target)
+    groups = {**facts["device"], **{k: facts["software"][k] for k in ("stack", "graph")}}
+    groups["software"] = facts["device"]["software"]
+    for title, group in groups.items():
+        if isinstance(group, dict):
+            values = "\n".join(
+                f"{key} {_words(value)}"
+                for key, value in group.items()
+                if key != "source" and value is not None
+            )
+            table.add_row(title, values, group["source"])
+    return table
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, dict):
+        return (
+            value["name"] if value["watts"] is None else f"{value['name']} ({value['watts']:g} W)"
+        )
+    return str(value)
