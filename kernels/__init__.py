@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; imported as edgeattn.kernels, never by the folder's name."""
