@@ -1,0 +1,150 @@
+"""Writing a bundle: into a hidden sibling, renamed when complete, so that it is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeattn.bundle.bundle import MANIFEST, hash_file
+from edgeattn.bundle.manifest import FileRecord
+from edgeattn.errors import BundleError
+
+_LOCK = ".lock"
+
+
+class BundleWriter:
+    """The unfinished bundle.
+
+    Attributes:
+        path: the temporary directory to write files into.
+    """
+
+    def __init__(self, path: Path, final: Path) -> None:
+        self.path = path
+        self._final = final
+        self._known: dict[str, FileRecord] = {}
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Writes one small file of the bundle."""
+        file = self.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def note_hash(self, name: str, size: int, sha256: str) -> None:
+        """Records the hash of a file that was computed while it was written."""
+        self._known[name] = FileRecord(bytes=size, sha256=sha256)
+
+    def files(self, *, exclude: tuple[str, ...] = ()) -> dict[str, FileRecord]:
+        """Size and hash of every file written so far, by path inside the bundle.
+
+        Args:
+            exclude: names, or prefixes ending in "/", to leave out.
+        """
+        found = {}
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path).as_posix()
+            left_out = any(name == e or (e.endswith("/") and name.startswith(e)) for e in exclude)
+            if file.is_file() and name not in (_LOCK, MANIFEST) and not left_out:
+                found[name] = self._known.get(name) or FileRecord(
+                    bytes=file.stat().st_size, sha256=hash_file(file)
+                )
+        return found
+
+    def commit(self) -> None:
+        """Makes the bundle appear under its name; an older bundle there is replaced."""
+        old = _aside(self._final)
+        if self._final.exists():
+            self._final.rename(old)
+        self.path.rename(self._final)
+        (self._final / _LOCK).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
+    """Opens a bundle for writing; whatever is not committed is removed.
+
+    Leftovers of a killed run are recognised by their lock, which died with its process.
+
+    Args:
+        final: where the bundle shall appear.
+        force: replace a bundle that is already there.
+
+    Raises:
+        BundleError: the place is in use, cannot be written, or the disk is full.
+    """
+    final = final.absolute()
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        _check_place(final, force=force)
+        path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        path.mkdir()
+    except OSError as error:
+        raise _disk_error(final, error) from error
+    lock = (path / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield BundleWriter(path, final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise _disk_error(final, error) from error
+        raise
+    finally:
+        lock.close()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_place(final: Path, *, force: bool) -> None:
+    if not final.exists() and not final.is_symlink():
+        return
+    if final.is_dir() and not any(final.iterdir()):
+        final.rmdir()
+        return
+    is_bundle = (final / MANIFEST).is_file() and not final.is_symlink()
+    if not is_bundle:
+        raise BundleError(
+            expected=f"a free place at {final}",
+            came="something that is no bundle is there",
+            todo="choose another folder with -o",
+        )
+    if not force:
+        raise BundleError(
+            expected=f"a free place at {final}",
+            came="a bundle is already there",
+            todo="choose another folder with -o, or replace it with --force",
+        )
+
+
+def _aside(final: Path) -> Path:
+    """Where a bundle waits while its replacement takes its name."""
+    return final.with_name(f".{final.name}.old")
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Removes what a killed run left, and brings back a bundle it had moved aside."""
+    if _aside(final).is_dir():
+        if final.exists():
+            shutil.rmtree(_aside(final))
+        else:
+            _aside(final).rename(final)
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        try:
+            with (leftover / _LOCK).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # another export to the same place is still running
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _disk_error(final: Path, error: OSError) -> BundleError:
+    return BundleError(
+        expected=f"to write a bundle at {final}",
+        came=f"the disk refused ({error.strerror or error})",
+        todo="free some space or choose another folder with -o",
+    )
