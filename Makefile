@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The repository root must stay off sys.path: kernels/ would shadow another package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-oldest lint venv clean
+.PHONY: demo test test-oldest lint lint-style lint-site lint-types lint-layers venv clean
 venv: $(VENV)/.developer
 
 $(VENV)/.user: pyproject.toml
@@ -41,19 +41,27 @@ test: $(VENV)/.developer
 test-oldest: $(VENV)/.developer
 	$(BIN)/pytest -rs -m slow tests/test_light_install.py $(PYTEST_ARGS)
 
-# Type checker and import-linter do not see through the editable install's import hook: they read an
-# installed wheel, made from the sdist so that no stale file of an earlier build is in it.
-RUNTIME_HALF := errors recipe shape devices planner quant.scheme bundle verify engine runtime cli
-lint: $(VENV)/.developer
+lint: lint-style lint-types lint-layers
+lint-style: $(VENV)/.developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Type checker and import-linter do not see through the editable install's import hook: they read an
+# installed wheel, made from the sdist so that no stale file of an earlier build is in it.
+lint-site: $(VENV)/.developer
 	rm -rf build/lint && mkdir -p build/lint
 	$(BIN)/python -m build --no-isolation --outdir build/lint/dist . >build/lint/log 2>&1 || { cat build/lint/log; exit 1; }
 	$(PIP) --no-deps --target build/lint/site build/lint/dist/*.whl
 	cp pyproject.toml build/lint/
-	cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache -p edgeattn
-	cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache \
-	    --python-version 3.10 --follow-imports silent $(foreach m,$(RUNTIME_HALF),-p edgeattn.$(m))
+
+# The second run: what JetPack 6 runs must be Python 3.10.
+RUNTIME_HALF := errors recipe shape devices planner quant.scheme bundle verify engine runtime cli
+MYPY = cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache
+lint-types: lint-site
+	$(MYPY) -p edgeattn
+	$(MYPY) --python-version 3.10 --follow-imports silent $(RUNTIME_HALF:%=-p edgeattn.%)
+
+lint-layers: lint-site
 	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports --config pyproject.toml --no-cache
 
 DEMO := build/demo
