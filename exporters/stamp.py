@@ -181,9 +181,7 @@ class _Stamper:
             opset_imports=dict(self.source.opset_imports),
             name="decoder",
         )
-        return ir.Model(
-            graph, ir_version=self.trace.model.ir_version, producer_name="edgeattn"
-        )
+        return ir.Model(graph, ir_version=self.trace.model.ir_version, producer_name="edgeattn")
 
 
 def _descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:

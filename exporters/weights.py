@@ -213,9 +213,9 @@ def _encode(
     binder: WeightBinder, parameter: str, parts: list[StoredTensor]
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """The bytes of each part of one parameter, as a flat uint8 array."""
-    dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[
-        binder.lowering.dtype
-    ])
+    dtype = getattr(
+        torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[binder.lowering.dtype]
+    )
     if parameter == ROTARY:
         yield parts[0], _bytes(inverse_frequencies(binder.model.shape))
         return
@@ -258,5 +258,3 @@ class _HashingWriter:
         self._file.write(data)
         self.digest.update(data)
         self.position += data.nbytes
-
-

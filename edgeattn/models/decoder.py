@@ -124,6 +124,12 @@ class Decoder(nn.Module):
         """Recomputes the rotary frequencies, in fp32, after the module was moved or emptied."""
         self.inv_freq = inverse_frequencies(self.shape)
 
+    def convert(self, dtype: torch.dtype) -> Decoder:
+        """Converts the parameters in place; rotary frequencies stay fp32, as in the graph."""
+        self.to(dtype)
+        self.reset_rotary()
+        return self
+
     def empty_cache(self, batch_size: int) -> KVCache:
         """A past of length 0 for `batch_size` rows."""
         weight = self.embed_tokens.weight

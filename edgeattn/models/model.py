@@ -82,6 +82,7 @@ def load_decoder(
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     form: OperatorForm = "standard",
+    last_logits_only: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
     """Builds the decoder in PyTorch with every weight loaded.
@@ -91,11 +92,12 @@ def load_decoder(
         weight_dtype: dtype the weights are rounded to first, as the exported graph stores them.
         compute_dtype: dtype of parameters and activations.
         form: spelling of attention.
+        last_logits_only: see `Decoder`.
         progress: called with (parameters loaded, all parameters).
     """
     with torch.device("meta"):
-        decoder = Decoder(model.shape, form=form)
-    decoder = decoder.to_empty(device="cpu").to(compute_dtype).eval().requires_grad_(False)
+        decoder = Decoder(model.shape, form=form, last_logits_only=last_logits_only)
+    decoder = decoder.to(compute_dtype).to_empty(device="cpu").eval().requires_grad_(False)
     parameters = dict(decoder.named_parameters())
     names = parameter_names(model.shape)
     for count, name in enumerate(names, start=1):

@@ -1,0 +1,104 @@
+"""The command line: one lazily loaded file per verb, one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from edgeattn import __version__
+from edgeattn.errors import EdgeattnError, unknown_name
+
+# Verb -> one line of help. The modules are imported only when their verb is used, so that
+# `edgeattn --help` needs neither numpy nor torch.
+VERBS = {
+    "export": "Turn a checkpoint into a proven bundle for a target.",
+    "verify": "Prove a bundle again: hashes, ONNX Runtime, TensorRT's parser and builder.",
+    "run": "Let a bundle continue a text on this machine.",
+    "eval": "Measure a bundle's perplexity on a text.",
+    "targets": "List the devices edgeattn knows, with every figure's source.",
+}
+
+_EPILOG = """\b
+Examples:
+  edgeattn export ./SmolLM2-135M --target jetson-orin --quant w4-rtn
+  edgeattn verify ./SmolLM2-135M-jetson-orin-agx-64gb-w4-rtn
+  edgeattn run ./bundle -p "It is a truth universally acknowledged"
+"""
+
+
+class _LazyGroup(click.Group):
+    """Loads a verb's module on first use and turns refusals into one sentence and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"edgeattn.cli.{name}").command
+        if not any(p.name == "debug" for p in command.params):
+            command.params.append(_debug_option())
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            raise unknown_name("verb", args[0], VERBS)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeattnError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing half-written was left behind", 130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            sys.exit(0)
+        except Exception as error:
+            sentence = f"internal error: {type(error).__name__}: {error}"
+            _fail(ctx, f"{sentence} (run again with --debug and report what it prints)", 1)
+
+
+def _debug_option() -> click.Option:
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.find_root().meta["edgeattn.debug"] = value
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        callback=remember,
+        is_eager=True,
+        help="Show the traceback of an error.",
+    )
+
+
+def _fail(ctx: click.Context, sentence: str, exit_code: int) -> NoReturn:
+    if ctx.find_root().meta.get("edgeattn.debug"):
+        traceback.print_exc()
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": sentence, "exit_code": exit_code}))
+    click.echo(f"edgeattn: {sentence}", err=True)
+    ctx.exit(exit_code)
+
+
+@click.group(cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgeattn")
+def main() -> None:
+    """From a transformer checkpoint to a bundle proven equal in PyTorch and ONNX Runtime.
+
+    A bundle is accepted by a real TensorRT before it reaches the device it is made for.
+    """

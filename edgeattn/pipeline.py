@@ -1,0 +1,329 @@
+"""The chain checkpoint -> model -> graph -> bundle as one function of a recipe."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn import __version__
+from edgeattn.bundle import bundle as layout
+from edgeattn.bundle.genai import genai_config
+from edgeattn.bundle.manifest import SCHEMA_VERSION, Manifest, TargetRecord, VerificationRecord
+from edgeattn.bundle.writer import BundleWriter, open_writer
+from edgeattn.devices.registry import Target, parse_target
+from edgeattn.errors import EdgeattnError, MissingDependencyError
+from edgeattn.planner.lowering import Lowering, check_shape, plan_lowering
+from edgeattn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgeattn.exporters.export import GraphReport
+    from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.model import Model
+    from edgeattn.verify.verify import Verification
+
+Progress = Callable[[str, int, int], None]
+
+# Distributions whose versions decide what an export contains.
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13")
+
+# What the proof runs through the model: a text of ours, long enough for every case.
+_PROOF_TEXT = (
+    "A bridge is proven by the load it carries, and a model by the tokens it predicts: "
+    "the same numbers must come out of every runtime, on 2 cores or 2048, or one is wrong."
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` did.
+
+    Attributes:
+        path: the bundle.
+        lowering: what was decided.
+        graph: nodes and bytes written.
+        verification: the proof, None with `verify=False`.
+        seconds: wall time by stage.
+    """
+
+    path: Path
+    lowering: Lowering
+    graph: GraphReport
+    verification: Verification | None
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "bundle": str(self.path),
+            "lowering": self.lowering.to_dict(),
+            "nodes": self.graph.nodes,
+            "weight_bytes": self.graph.weight_bytes,
+            "verification": self.verification.to_dict() if self.verification else None,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+
+def default_output(model: Path, recipe: Recipe) -> Path:
+    """`./<model>-<target>-<quant>`, as the command line uses it."""
+    target = parse_target(recipe.target)
+    stem = model.stem if model.suffix == ".gguf" else model.resolve().name
+    label = recipe.scheme.label.replace(":", "-").replace("=", "")
+    return Path(f"{stem}-{target.device.name}-{label}")
+
+
+def export(
+    model: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Exports a checkpoint to a proven bundle; the bundle appears whole or not at all.
+
+    Args:
+        model: Hugging Face directory or GGUF file.
+        recipe: what is asked for.
+        output: where the bundle shall appear.
+        verify: prove the bundle before it appears; False is written into the manifest.
+        force: replace a bundle at `output`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
+    """
+    target = parse_target(recipe.target)
+    lowering = plan_lowering(recipe, target)
+    _require_export_extra()
+    with open_writer(output, force=force) as writer:
+        return _export(model, recipe, target, lowering, writer, output, verify, progress)
+
+
+def _export(
+    path: Path,
+    recipe: Recipe,
+    target: Target,
+    lowering: Lowering,
+    writer: BundleWriter,
+    output: Path,
+    verify: bool,
+    progress: Progress | None,
+) -> ExportReport:
+    from edgeattn.exporters.export import export_graph
+    from edgeattn.models.checkpoint import open_checkpoint
+
+    clock = _Clock(progress)
+    clock.start("reading the checkpoint")
+    checkpoint = open_checkpoint(path)
+    check_shape(lowering, checkpoint.shape)
+    model = _transform(checkpoint, lowering)
+    clock.start("writing the graph")
+    graph = export_graph(
+        model,
+        lowering,
+        writer.path / layout.MODEL,
+        writer.path / layout.WEIGHTS,
+        progress=clock.count,
+    )
+    writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
+    _write_text_files(writer, checkpoint, lowering)
+    verification = None
+    if verify:
+        clock.start("proving the bundle")
+        verification = _prove(model, checkpoint, lowering, writer, progress)
+    clock.stop()
+    report = ExportReport(output, lowering, graph, verification, clock.seconds)
+    _write_report(writer, checkpoint, recipe, report)
+    _write_manifest(writer, checkpoint, recipe, target, report)
+    writer.commit()
+    return report
+
+
+def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
+    """Checkpoint -> Model, through the transforms of the recipe."""
+    import torch
+
+    from edgeattn.models.model import model_of
+    from edgeattn.transforms.quantize import quantize
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return quantize(model_of(checkpoint), lowering.scheme, scale_dtype=dtypes[lowering.dtype])
+
+
+def _prove(
+    model: Model,
+    checkpoint: Checkpoint,
+    lowering: Lowering,
+    writer: BundleWriter,
+    progress: Progress | None,
+) -> Verification:
+    from edgeattn.verify.verify import (
+        Verification,
+        check_onnxruntime,
+        check_tensorrt,
+        record_golden,
+    )
+
+    golden = record_golden(
+        model, lowering, tokens=_proof_tokens(checkpoint), progress=progress
+    )
+    golden.save(writer.path / layout.GOLDEN)
+    model_file = writer.path / layout.MODEL
+    agreement = check_onnxruntime(
+        model_file,
+        golden,
+        dtype=lowering.dtype,
+        num_layers=model.shape.num_layers,
+        progress=progress,
+    )
+    Verification((agreement,), None).raise_if_failed()
+    tensorrt = check_tensorrt(model_file, lowering, model.shape, progress=progress)
+    verification = Verification((agreement,), tensorrt)
+    verification.raise_if_failed()
+    return verification
+
+
+def _proof_tokens(checkpoint: Checkpoint) -> list[int] | None:
+    """Ids of our text in the checkpoint's tokenizer, None when it has no usable one."""
+    if layout.TOKENIZER not in checkpoint.text:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(checkpoint.text[layout.TOKENIZER])
+    except Exception as error:  # the library raises bare Exception for any malformed file
+        raise EdgeattnError(
+            expected="a tokenizer.json that the tokenizers library reads",
+            came=str(error),
+            todo="repair the checkpoint's tokenizer.json or remove it",
+        ) from error
+    ids: list[int] = tokenizer.encode(_PROOF_TEXT, add_special_tokens=False).ids
+    return [i for i in ids if i < checkpoint.shape.vocab_size] or None
+
+
+def _write_text_files(writer: BundleWriter, checkpoint: Checkpoint, lowering: Lowering) -> None:
+    for name, content in checkpoint.text.items():
+        writer.write(name, content)
+    writer.write(layout.CONFIG, _json(dict(checkpoint.config)))
+    writer.write(layout.GENERATION_CONFIG, _json(dict(checkpoint.generation_config)))
+    genai = genai_config(
+        checkpoint.shape,
+        context=lowering.context or checkpoint.shape.max_context,
+        model_file=layout.MODEL,
+        config=checkpoint.config,
+        generation_config=checkpoint.generation_config,
+    )
+    writer.write(layout.GENAI_CONFIG, _json(genai))
+
+
+def _write_report(
+    writer: BundleWriter, checkpoint: Checkpoint, recipe: Recipe, report: ExportReport
+) -> None:
+    from edgeattn.verify.report import report_html
+
+    content = {
+        "edgeattn": __version__,
+        "model": checkpoint.name,
+        "source": dict(checkpoint.identity),
+        "shape": checkpoint.shape.to_dict(),
+        "recipe": recipe.to_dict(),
+        **{k: v for k, v in report.to_dict().items() if k != "bundle"},
+        "bundle": report.path.name,
+    }
+    writer.write(layout.REPORT_JSON, _json(content))
+    writer.write(layout.REPORT_HTML, report_html(content))
+
+
+def _write_manifest(
+    writer: BundleWriter,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target: Target,
+    report: ExportReport,
+) -> None:
+    verification = report.verification
+    tensorrt = verification.tensorrt if verification else None
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        tools=_tool_versions(),
+        source={"name": checkpoint.name, **checkpoint.identity},
+        recipe=recipe.to_dict(),
+        lowering=report.lowering.to_dict(),
+        shape=checkpoint.shape.to_dict(),
+        target=TargetRecord(
+            name=target.name,
+            flavour=target.flavour,
+            sm=target.device.sm,
+            software_version=target.software.stack.version,
+        ),
+        plugin_abi=None,
+        verification=VerificationRecord(
+            status="passed" if verification else "skipped",
+            backends=tuple(a.backend for a in verification.agreements) if verification else (),
+            tensorrt=_tensorrt_status(tensorrt.status if tensorrt else None),
+        ),
+        files=writer.files(exclude=(layout.REPORT_JSON, "report/", f"{layout.ENGINES}/")),
+    )
+    writer.write(layout.MANIFEST, manifest.to_json())
+
+
+def _tensorrt_status(status: str | None) -> Any:
+    return status if status is not None else "not applicable"
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {"edgeattn": __version__}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _require_export_extra() -> None:
+    missing = []
+    for module in ("torch", "onnx_ir", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(module) is None:
+            missing.append(module)
+    if missing:
+        raise MissingDependencyError(
+            expected="the packages that export needs",
+            came=f"{', '.join(missing)} cannot be imported",
+            todo="pip install 'edgeattn[export,ort]'",
+        )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+class _Clock:
+    """Wall seconds per stage, and the current stage's progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._stage = ""
+        self._began = 0.0
+
+    def start(self, stage: str) -> None:
+        self.stop()
+        self._stage, self._began = stage, time.perf_counter()
+        self.count(0, 1)
+
+    def stop(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = time.perf_counter() - self._began
+            self._stage = ""
+
+    def count(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(self._stage, done, total)

@@ -1,0 +1,43 @@
+"""How many bytes a model takes: weights as stored, cache per token."""
+
+from __future__ import annotations
+
+from edgeattn.planner.lowering import Lowering
+from edgeattn.quant.scheme import WeightFormat
+from edgeattn.shape import ModelShape
+
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """Bytes of the weights file, page padding left out."""
+    wide = DTYPE_BYTES[lowering.dtype]
+    linear = sum(
+        matrix_bytes(n, k, lowering.scheme.linear, wide) for n, k in shape.linears().values()
+    )
+    tables = 1 if shape.tied_embeddings else 2
+    table = matrix_bytes(shape.vocab_size, shape.hidden_size, lowering.scheme.embedding, wide)
+    quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
+    quantised += tables * shape.vocab_size * shape.hidden_size
+    rest = (shape.num_parameters - quantised) * wide
+    return shape.num_layers * linear + tables * table + rest + 2 * shape.head_dim
+
+
+def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: int) -> int:
+    """Bytes of one weight matrix with its scales.
+
+    Args:
+        outputs: rows.
+        inputs: columns, along which groups share a scale.
+        format: None for floating point.
+        wide: bytes of a floating-point weight or scale.
+    """
+    if format is None:
+        return outputs * inputs * wide
+    scales = outputs * (inputs // format.group_size if format.group_size else 1)
+    return (outputs * inputs * format.bits + 7) // 8 + scales * wide
+
+
+def cache_bytes_per_token(shape: ModelShape, lowering: Lowering) -> int:
+    """Bytes of keys and values that one token adds, over all layers."""
+    return 2 * shape.num_layers * shape.kv_size * DTYPE_BYTES[lowering.dtype]

@@ -1,0 +1,1 @@
+"""Proof: the same inputs through several implementations, compared tensor by tensor."""

@@ -1,0 +1,98 @@
+"""What is run to compare two implementations: prefill, teacher-forced decoding, a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PREFILL_TOKENS = 17
+DECODE_STEPS = 16
+RAGGED_LENGTHS = (11, 6)
+RAGGED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Inputs of one forward pass, without the cache.
+
+    Attributes:
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, P + T]` int64, 1 at valid places.
+        position_ids: `[B, T]` int64.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+
+    @property
+    def new_mask(self) -> NDArray[np.bool_]:
+        """`[B, T]`: which of the new tokens are no padding."""
+        return self.attention_mask[:, -self.input_ids.shape[1] :].astype(bool)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prefill and the decode steps after it; each implementation carries its own cache."""
+
+    name: str
+    steps: tuple[StepInputs, ...]
+
+
+def build_cases(vocab_size: int, context: int, tokens: Sequence[int] | None = None) -> tuple[Case, ...]:
+    """The cases every bundle is verified with.
+
+    Args:
+        vocab_size: ids are below it.
+        context: most tokens of a sequence; shorter contexts get shorter cases.
+        tokens: ids of a text, repeated as needed; without them ids are drawn with a fixed seed.
+    """
+    prefill = min(PREFILL_TOKENS, max(1, context // 2))
+    steps = min(DECODE_STEPS, context - prefill)
+    ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * RAGGED_STEPS, tokens)
+    sequence, rest = ids[: prefill + steps], ids[prefill + steps :]
+    cases = [_case("sequence", sequence[None, :], np.array([prefill]), steps)]
+    if max(RAGGED_LENGTHS) + RAGGED_STEPS <= context:
+        cases.append(_ragged_case(rest))
+    return tuple(cases)
+
+
+def _token_ids(vocab_size: int, count: int, tokens: Sequence[int] | None) -> NDArray[np.int64]:
+    if tokens:
+        return np.resize(np.asarray(tokens, dtype=np.int64), count)
+    return np.random.default_rng(0).integers(0, vocab_size, count, dtype=np.int64)
+
+
+def _ragged_case(ids: NDArray[np.int64]) -> Case:
+    """Two rows of different length, padded on the right; then both grow by a token per step."""
+    longest, rows = max(RAGGED_LENGTHS), []
+    for row, length in enumerate(RAGGED_LENGTHS):
+        # A padding id that also occurs as a token: an implementation may not tell them by value.
+        start = sum(RAGGED_LENGTHS[:row]) + row * RAGGED_STEPS
+        own = ids[start : start + length + RAGGED_STEPS]
+        padding = np.full(longest - length, ids[0])
+        rows.append(np.concatenate((own[:length], padding, own[length:])))
+    return _case("ragged", np.stack(rows), np.array(RAGGED_LENGTHS), RAGGED_STEPS)
+
+
+def _case(name: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], steps: int) -> Case:
+    """Splits `ids` `[B, prefill + steps]` into a prefill and single tokens.
+
+    Args:
+        name: of the case.
+        ids: tokens, rows shorter than the longest padded on the right of the prefill.
+        lengths: `[B]` valid tokens of each row's prefill.
+        steps: decode steps.
+    """
+    prefill = ids.shape[1] - steps
+    mask = np.ones_like(ids)
+    mask[:, :prefill] = np.arange(prefill) < lengths[:, None]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    parts = [StepInputs(ids[:, :prefill], mask[:, :prefill], positions[:, :prefill])]
+    for end in range(prefill + 1, ids.shape[1] + 1):
+        new = slice(end - 1, end)
+        parts.append(StepInputs(ids[:, new], mask[:, :end], positions[:, new]))
+    return Case(name, tuple(parts))

@@ -1,0 +1,159 @@
+"""Compares an implementation with golden vectors, tensor by tensor, and finds the first bad layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeattn.verify.drive import Tensors
+from edgeattn.verify.golden import Golden
+from edgeattn.verify.tolerance import allowed_error, relative_error
+
+_HIDDEN = re.compile(r"hidden\.(\d+)$")
+_PRESENT = re.compile(r"present\.(\d+)\.(key|value)$")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of one implementation against the reference.
+
+    Attributes:
+        tensor: name as in `edgeattn.verify.drive.drive`.
+        error: see `tolerance.relative_error`.
+        low_precision_error: of plain torch in the bundle's dtype.
+        allowed: the bound on `error`.
+    """
+
+    tensor: str
+    error: float
+    low_precision_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """All comparisons of one implementation.
+
+    Attributes:
+        backend: its name.
+        comparisons: one per tensor.
+        top1: share of positions where it picks the reference's most likely token.
+        kl: mean KL(reference || implementation) of the next-token distribution, in nats.
+        first_bad: the layer the first error sits in ("layer 3", "embedding", "LM head"), None when
+            all agree.
+    """
+
+    backend: str
+    comparisons: tuple[Comparison, ...]
+    top1: float
+    kl: float
+    first_bad: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tensor is within its bound."""
+        return all(c.passed for c in self.comparisons)
+
+    def worst_per_group(self) -> dict[str, Comparison]:
+        """The comparison nearest to (or furthest beyond) its bound, for each kind of tensor."""
+        worst: dict[str, Comparison] = {}
+        for comparison in self.comparisons:
+            group = group_of(comparison.tensor)
+            if group not in worst or _use(comparison) > _use(worst[group]):
+                worst[group] = comparison
+        return worst
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; infinite errors become the text "inf"."""
+        rows = [{**asdict(c), "passed": c.passed} for c in self.comparisons]
+        for row in rows:
+            row["error"] = row["error"] if np.isfinite(row["error"]) else "inf"
+        return {
+            "backend": self.backend,
+            "passed": self.passed,
+            "first_bad": self.first_bad,
+            "top1_agreement": self.top1,
+            "kl": self.kl if np.isfinite(self.kl) else "inf",
+            "comparisons": rows,
+        }
+
+
+def compare(backend: str, found: Tensors, golden: Golden, dtype: str) -> Agreement:
+    """Compares what an implementation gave with what was expected.
+
+    A tensor the implementation does not give (the residual stream, unless asked for) is left out;
+    logits and cache must be there.
+    """
+    comparisons = []
+    for name, reference in golden.expected.items():
+        if name not in found and ".hidden." in name:
+            continue
+        value = found.get(name)
+        error = float("inf") if value is None else relative_error(value, reference)
+        low = golden.low_precision_error.get(name, 0.0)
+        comparisons.append(Comparison(name, error, low, allowed_error(dtype, low)))
+    top1, kl = _distribution_agreement(found, golden.expected)
+    return Agreement(backend, tuple(comparisons), top1, kl)
+
+
+def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
+    """Names the place of the first error, walking the network from its input.
+
+    Args:
+        comparisons: with the residual stream among them.
+        num_layers: of the model.
+    """
+    bad = [re.sub(r"^\w+\.", "", c.tensor, count=1) for c in comparisons if not c.passed]
+    hidden = {int(m[1]) for name in bad if (m := _HIDDEN.search(name))}
+    present = {int(m[1]) for name in bad if (m := _PRESENT.search(name))}
+    if 0 in hidden:
+        return "embedding"
+    for layer in range(num_layers):
+        if layer in present or layer + 1 in hidden:
+            return f"layer {layer}"
+    return "final norm or LM head"
+
+
+def group_of(tensor: str) -> str:
+    """The row of the summary table a tensor belongs to, such as "ragged cache keys"."""
+    case, _, rest = tensor.partition(".")
+    if _HIDDEN.search(rest):
+        return f"{case} residual stream"
+    if match := _PRESENT.search(rest):
+        return f"{case} cache {match[2]}s"
+    return f"{case} {'prefill' if rest == '0.logits' else 'decode'} logits"
+
+
+def _use(comparison: Comparison) -> float:
+    """Share of the bound that is used up."""
+    return comparison.error / comparison.allowed
+
+
+def _distribution_agreement(
+    found: Tensors, expected: Mapping[str, np.ndarray]
+) -> tuple[float, float]:
+    same, divergence, count = 0, 0.0, 0
+    for name, reference in expected.items():
+        value = found.get(name)
+        if not name.endswith(".logits") or value is None or value.shape != reference.shape:
+            continue
+        same += int((value.argmax(-1) == reference.argmax(-1)).sum())
+        p, q = _log_softmax(reference), _log_softmax(value)
+        divergence += float((np.exp(p) * (p - q)).sum())
+        count += reference.shape[0]
+    return (same / count, divergence / count) if count else (0.0, float("inf"))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result

@@ -1,0 +1,81 @@
+"""Drives an implementation through the cases and names what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeattn.verify.cases import Case, StepInputs
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+class Backend(Protocol):
+    """One implementation of the decoder.
+
+    Attributes:
+        name: shown in reports ("torch", "onnxruntime").
+    """
+
+    name: str
+
+    def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
+        """One forward pass.
+
+        Args:
+            inputs: tokens, mask and positions.
+            past: what the previous step returned, None before the first.
+
+        Returns:
+            Arrays under "logits", "present.N.key", "present.N.value" and, where the backend has
+            them, "hidden.N".
+        """
+        ...
+
+    def to_numpy(self, value: object) -> NDArray[np.float32]:
+        """An array of `step` as fp32."""
+        ...
+
+
+def drive(
+    backend: Backend, cases: Sequence[Case], progress: Callable[[int, int], None] | None = None
+) -> Tensors:
+    """Runs every case and collects what must agree, padding left out.
+
+    Kept are the logits of every step, the cache after the last step of a case (it holds every
+    earlier entry) and the residual stream of the prefill: "sequence.3.logits",
+    "sequence.present.0.key", "sequence.hidden.1".
+    """
+    found: Tensors = {}
+    total, done = sum(len(case.steps) for case in cases), 0
+    for case in cases:
+        output: Mapping[str, object] | None = None
+        for index, inputs in enumerate(case.steps):
+            output = backend.step(inputs, output)
+            logits = backend.to_numpy(output["logits"])
+            found[f"{case.name}.{index}.logits"] = _valid_logits(logits, inputs)
+            if index == 0:
+                for name, value in output.items():
+                    if name.startswith("hidden."):
+                        array = backend.to_numpy(value)
+                        found[f"{case.name}.{name}"] = array[inputs.new_mask]
+            done += 1
+            if progress:
+                progress(done, total)
+        assert output is not None
+        valid = case.steps[-1].attention_mask.astype(bool)
+        for name, value in output.items():
+            if name.startswith("present."):
+                array = backend.to_numpy(value).transpose(0, 2, 1, 3)
+                found[f"{case.name}.{name}"] = array[valid]
+    return found
+
+
+def _valid_logits(logits: NDArray[np.float32], inputs: StepInputs) -> NDArray[np.float32]:
+    """Logits of real tokens `[n, vocab]`; a graph that gives the last place only has one per row."""
+    if logits.shape[1] == inputs.input_ids.shape[1]:
+        return logits[inputs.new_mask]
+    return logits[inputs.new_mask[:, -1], -1]

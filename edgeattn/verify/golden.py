@@ -1,0 +1,82 @@
+"""Golden vectors: inputs and reference outputs kept in the bundle, so that torch is not needed later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeattn.errors import BundleError
+from edgeattn.verify.cases import Case, StepInputs
+from edgeattn.verify.drive import Tensors
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What an implementation must reproduce.
+
+    Attributes:
+        cases: the inputs.
+        expected: outputs of the fp32 reference on the weights the bundle stores.
+        low_precision_error: per tensor, of plain torch in the bundle's dtype (`tolerance`).
+    """
+
+    cases: tuple[Case, ...]
+    expected: Tensors
+    low_precision_error: dict[str, float]
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz without any pickled object."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for case in self.cases:
+            for index, step in enumerate(case.steps):
+                for field in _INPUTS:
+                    arrays[f"input/{case.name}/{index}/{field}"] = getattr(step, field)
+        arrays.update({f"expected/{name}": value for name, value in self.expected.items()})
+        names = sorted(self.low_precision_error)
+        arrays["low_precision_error/names"] = np.array(names)
+        arrays["low_precision_error/values"] = np.array([self.low_precision_error[n] for n in names])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Golden:
+        """Reads what `save` wrote.
+
+        Raises:
+            BundleError: the file is damaged or no golden file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls._parse({name: arrays[name] for name in arrays.files})
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise BundleError(
+                expected=f"golden vectors in {path}",
+                came=f"the file does not read ({error})",
+                todo="export the bundle again",
+            ) from error
+
+    @classmethod
+    def _parse(cls, arrays: dict[str, NDArray[np.generic]]) -> Golden:
+        steps: dict[str, dict[int, dict[str, NDArray[np.generic]]]] = {}
+        expected: Tensors = {}
+        for name, value in arrays.items():
+            kind, _, rest = name.partition("/")
+            if kind == "input":
+                case, index, field = rest.split("/")
+                steps.setdefault(case, {}).setdefault(int(index), {})[field] = value
+            elif kind == "expected":
+                expected[rest] = value.astype(np.float32)
+        cases = tuple(
+            Case(case, tuple(StepInputs(**found[i]) for i in sorted(found)))  # type: ignore[arg-type]
+            for case, found in steps.items()
+        )
+        names = arrays["low_precision_error/names"].tolist()
+        values = arrays["low_precision_error/values"].tolist()
+        return cls(cases, expected, dict(zip(names, values, strict=True)))

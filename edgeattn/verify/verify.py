@@ -1,0 +1,202 @@
+"""The proof of a bundle: torch against ONNX Runtime at export, golden vectors against it later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
+from edgeattn.errors import ProofError
+from edgeattn.planner.lowering import Lowering
+from edgeattn.shape import ModelShape
+from edgeattn.verify.cases import build_cases
+from edgeattn.verify.compare import Agreement, compare, locate
+from edgeattn.verify.drive import drive
+from edgeattn.verify.golden import Golden
+from edgeattn.verify.ort_backend import OrtBackend
+from edgeattn.verify.tolerance import relative_error
+
+if TYPE_CHECKING:
+    from edgeattn.models.model import Model
+
+Progress = Callable[[str, int, int], None]
+
+TENSORRT_TIMEOUT_S = 1800.0
+# Lengths of the optimisation profile the check builds with, when the recipe names no context.
+_CHECK_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Everything a proof found.
+
+    Attributes:
+        agreements: one per implementation compared with the reference.
+        tensorrt: outcome of the TensorRT-RTX check, None where TensorRT has no part.
+    """
+
+    agreements: tuple[Agreement, ...]
+    tensorrt: RtxReport | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all implementations agree and TensorRT, where it was asked, did not refuse."""
+        refused = self.tensorrt is not None and self.tensorrt.status == "refused"
+        return all(a.passed for a in self.agreements) and not refused
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "passed": self.passed,
+            "agreements": [a.to_dict() for a in self.agreements],
+            "tensorrt": self.tensorrt.to_dict() if self.tensorrt else None,
+        }
+
+    def raise_if_failed(self) -> None:
+        """Turns a failed proof into an error that names the first bad layer.
+
+        Raises:
+            ProofError: some implementation disagrees, or TensorRT refused the graph.
+        """
+        for agreement in self.agreements:
+            if not agreement.passed:
+                raise _disagreement(agreement)
+        if self.tensorrt is not None and self.tensorrt.status == "refused":
+            raise ProofError(
+                expected=f"TensorRT-RTX to build the graph for SM{self.tensorrt.sm}",
+                came=f"it refused: {self.tensorrt.reason}",
+                todo="report this graph, or export for another target or scheme",
+            )
+
+
+def record_golden(
+    model: Model,
+    lowering: Lowering,
+    *,
+    tokens: Sequence[int] | None,
+    progress: Progress | None = None,
+) -> Golden:
+    """Runs the torch model of the recipe: the fp32 reference, then plain low precision.
+
+    Args:
+        model: transformed and quantised as the recipe says.
+        lowering: dtype, spelling and choice of logits.
+        tokens: ids of a text to run, None for random ones.
+        progress: called with (stage, done, total).
+    """
+    import torch
+
+    from edgeattn.models.model import load_decoder
+    from edgeattn.verify.torch_backend import TorchBackend
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes[lowering.dtype]
+    cases = build_cases(model.shape.vocab_size, model.shape.max_context, tokens)
+    decoder = load_decoder(
+        model,
+        weight_dtype=dtype,
+        compute_dtype=torch.float32,
+        form=lowering.attention,
+        last_logits_only=lowering.logits == "last",
+        progress=_staged(progress, "loading the torch reference"),
+    )
+    expected = drive(TorchBackend(decoder), cases, _staged(progress, "torch, fp32 reference"))
+    if lowering.dtype == "fp32":
+        return Golden(cases, expected, dict.fromkeys(expected, 0.0))
+    plain = drive(
+        TorchBackend(decoder.convert(dtype)), cases, _staged(progress, f"torch, {lowering.dtype}")
+    )
+    errors = {name: relative_error(plain[name], value) for name, value in expected.items()}
+    return Golden(cases, expected, errors)
+
+
+def check_onnxruntime(
+    model_file: Path,
+    golden: Golden,
+    *,
+    dtype: str,
+    num_layers: int,
+    progress: Progress | None = None,
+) -> Agreement:
+    """Compares the bundle's own file in ONNX Runtime with golden vectors.
+
+    Only when something disagrees is the graph run again with the residual stream as outputs, to
+    name the first bad layer.
+    """
+    stage = _staged(progress, "ONNX Runtime")
+    found = drive(OrtBackend(model_file), golden.cases, stage)
+    agreement = compare(OrtBackend.name, found, golden, dtype)
+    if agreement.passed:
+        return agreement
+    stage = _staged(progress, "ONNX Runtime, layer by layer")
+    found = drive(OrtBackend(model_file, hidden=True), golden.cases, stage)
+    detailed = compare(OrtBackend.name, found, golden, dtype)
+    return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
+
+
+def check_tensorrt(
+    model_file: Path, lowering: Lowering, shape: ModelShape, *, progress: Progress | None = None
+) -> RtxReport | None:
+    """Parses and builds the graph with TensorRT-RTX, None where TensorRT has no part."""
+    if lowering.rtx_sm is None:
+        return None
+    if progress:
+        progress(f"TensorRT-RTX, parse and build for SM{lowering.rtx_sm}", 0, 1)
+    report = check_build(
+        model_file,
+        sm=lowering.rtx_sm,
+        profiles=build_profiles(lowering, shape),
+        timeout_s=TENSORRT_TIMEOUT_S,
+    )
+    if progress:
+        progress(f"TensorRT-RTX, parse and build for SM{lowering.rtx_sm}", 1, 1)
+    return report
+
+
+def build_profiles(
+    lowering: Lowering, shape: ModelShape
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Smallest, usual and largest shape of each graph input.
+
+    The largest fills the context half with past and half with new tokens.
+    """
+    context = lowering.context or min(shape.max_context, _CHECK_CONTEXT)
+    half = max(1, context // 2)
+    sizes = [(1, 1, 0), (1, 1, half), (lowering.batch, half, half)]
+
+    def three(
+        build: Callable[[int, int, int], tuple[int, ...]],
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        low, usual, high = (build(*size) for size in sizes)
+        return low, usual, high
+
+    cache = three(lambda b, t, p: (b, shape.num_kv_heads, p, shape.head_dim))
+    profiles = {
+        "input_ids": three(lambda b, t, p: (b, t)),
+        "attention_mask": three(lambda b, t, p: (b, p + t)),
+        "position_ids": three(lambda b, t, p: (b, t)),
+    }
+    for layer in range(shape.num_layers):
+        for part in ("key", "value"):
+            profiles[f"past_key_values.{layer}.{part}"] = cache
+    return profiles
+
+
+def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
+
+
+def _disagreement(agreement: Agreement) -> ProofError:
+    worst = max(
+        (c for c in agreement.comparisons if not c.passed), key=lambda c: c.error / c.allowed
+    )
+    where = f"; the first error is in {agreement.first_bad}" if agreement.first_bad else ""
+    return ProofError(
+        expected=f"{agreement.backend} within {worst.allowed:.2g} of the torch reference",
+        came=f"{worst.tensor} differs by {worst.error:.3g} of its RMS{where}",
+        todo="do not ship this graph; report it with the checkpoint's name",
+    )
