@@ -201,7 +201,7 @@ def _as_torch(raw: np.ndarray[Any, np.dtype[np.uint8]], info: TensorInfo) -> tor
 
 
 def _rotate_half_order(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's permutation: rows (0, 1, 2, 3, ...) of a head -> (0, 2, ..., 1, 3, ...)."""
+    """Undoes llama.cpp's row order: (0, 1, 2, 3, ...) of a head -> (0, 2, ..., 1, 3, ...)."""
     pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)  # [H, D/2, 2, K] -> [H, 2, D/2, K]
 
