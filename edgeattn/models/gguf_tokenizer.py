@@ -154,6 +154,8 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary, pre: PreTokenizer) 
     if pre.split is not None:
         steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
     add_space = metadata.flag(_PREFIX + "add_space_prefix", False)
+    if add_space and steps:  # the library would put a blank before every piece
+        raise _inconsistent("no add_space_prefix, as with this pre-tokenizer", "it is set")
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=add_space, use_regex=pre.split is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
@@ -238,21 +240,21 @@ def _add_post_processor(
 ) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    placed = {}
-    for key in ("bos", "eos"):
-        if ends[f"add_{key}_token"]:
-            if f"{key}_token_id" not in ids:
-                raise _inconsistent(f"a {key.upper()} token to add to each text", "none is named")
-            placed[key] = vocabulary.tokens[ids[f"{key}_token_id"]]
+    placed = [key for key in ("bos", "eos") if ends[f"add_{key}_token"]]
+    special = []
+    for key in placed:
+        if f"{key}_token_id" not in ids:
+            raise _inconsistent(f"a {key.upper()} token to add to each text", "none is named")
+        i = ids[f"{key}_token_id"]
+        # The template calls them bos and eos: in its syntax a token's own text may mean something.
+        special.append({"id": key, "ids": [i], "tokens": [vocabulary.tokens[i]]})
     if not placed:
         return
-    bos = [placed["bos"]] if "bos" in placed else []
-    eos = [placed["eos"]] if "eos" in placed else []
-    second = [f"{token}:1" for token in bos] + ["$B:1"] + [f"{token}:1" for token in eos]
+    bos, eos = [k for k in placed if k == "bos"], [k for k in placed if k == "eos"]
+    first = [*bos, "$A", *eos]
+    second = [f"{piece}:1" for piece in (*bos, "$B", *eos)]
     tokenizer.post_processor = TemplateProcessing(
-        single=[*bos, "$A", *eos],
-        pair=[*bos, "$A", *eos, *second],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in placed.values()],
+        single=first, pair=[*first, *second], special_tokens=special
     )
 
 

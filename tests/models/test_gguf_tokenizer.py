@@ -308,6 +308,13 @@ def test_ends_are_added_as_the_file_says() -> None:
     assert (pair.tokens, pair.type_ids) == (["<s>", "ab", "<s>", "ab"], [0, 0, 1, 1])
 
 
+@pytest.mark.parametrize("bos", ["<a:b>", "$A", "$0:1"])
+def test_a_token_that_looks_like_template_syntax_is_only_a_token(bos: str) -> None:
+    tokens = [*bpe_metadata().strings(KEY + "tokens")[:-3], bos, "</s>", "<tool>"]
+    tokenizer = build(bpe_metadata(tokens=tokens, add_bos_token=True))
+    assert tokenizer.encode("ab").tokens == [bos, "ab"]
+
+
 def spm_metadata(**changes: Any) -> Metadata:
     """A small SentencePiece vocabulary with byte fallback."""
     pieces = ["▁t", "he", "▁the", "in", "▁a", "an", "▁an", "ing", "▁i", "▁in", "▁▁", "th"]
@@ -407,6 +414,7 @@ REFUSALS: dict[str, tuple[Metadata, str]] = {
     "bos out of range": (bpe_metadata(bos_token_id=9999), "bos_token_id"),
     "negative eos": (bpe_metadata(eos_token_id=-5), "eos_token_id"),
     "bos to add but none": (bpe_metadata(bos_token_id=None, add_bos_token=True), "BOS"),
+    "space prefix": (bpe_metadata(pre="smollm", add_space_prefix=True), "add_space_prefix"),
     "no scores": (spm_metadata(scores=None), "tokenizer.ggml.scores"),
     "few scores": (spm_metadata(scores=[1.0]), "token scores"),
     "template": (
