@@ -68,17 +68,11 @@ def shape_from_metadata(header: GgufHeader, rope_factors: Sequence[float] | None
     _refuse_unsupported(metadata, prefix)
     heads = _one_for_all_layers(metadata, prefix + "attention.head_count")
     hidden = metadata.integer(prefix + "embedding_length")
-    layers = metadata.integer(prefix + "block_count")
-    if layers > len(header.tensors):
-        raise _unsupported(
-            f"at least one tensor for each of the {layers} layers in {prefix}block_count",
-            f"the file has {len(header.tensors)} tensors",
-        )
     head_dim = metadata.integer(prefix + "attention.key_length", hidden // max(heads, 1))
     _require_full_rotation(metadata, prefix, head_dim)
     shape = ModelShape(
         family=family.name,
-        num_layers=layers,
+        num_layers=_num_layers(header, prefix + "block_count"),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=_one_for_all_layers(metadata, prefix + "attention.head_count_kv", heads),
@@ -224,6 +218,17 @@ def _one_for_all_layers(metadata: Metadata, key: str, default: int | None = None
             f"the same {key} in all layers", f"the file gives one for each of {len(value)} layers"
         )
     return metadata.integer(key, default)
+
+
+def _num_layers(header: GgufHeader, key: str) -> int:
+    """The number of layers; an absurd one ends here, not in a loop over its tensors."""
+    layers = header.metadata.integer(key)
+    if layers > len(header.tensors):
+        raise _unsupported(
+            f"at least one tensor for each of the {layers} layers in {key}",
+            f"the file has {len(header.tensors)} tensors",
+        )
+    return layers
 
 
 def _vocab_size(header: GgufHeader) -> int:
