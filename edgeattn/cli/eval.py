@@ -1,0 +1,107 @@
+"""`edgeattn eval`: perplexity of a bundle on a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgeattn.runtime import Evaluation, Session
+
+_EPILOG = """\b
+Examples:
+  edgeattn eval ./bundle --text pride_and_prejudice.txt
+  edgeattn eval ./bundle --text pride_and_prejudice.txt --windows 4 --length 256 --json
+"""
+
+
+@click.command("eval", epilog=_EPILOG)
+@click.argument("bundle", metavar="BUNDLE")
+@click.option("--text", "file", required=True, type=click.Path(path_type=Path), help="UTF-8 text.")
+@click.option("--windows", default=12, show_default=True, help="Stretches of text to read.")
+@click.option("--length", default=512, show_default=True, help="Tokens of each.")
+@click.option("--fast", is_flag=True, help="ONNX Runtime's int8 activations, as `run` uses them.")
+@click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def command(
+    bundle: str,
+    file: Path,
+    windows: int,
+    length: int,
+    fast: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of the bundle BUNDLE on a text.
+
+    Skips 2,000 characters, tokenises the rest without special tokens, takes consecutive windows,
+    and predicts each token of a window but its first from those before it.
+    """
+    # not at the top: `edgeattn --help` must not wait for numpy
+    from edgeattn.runtime import Session
+
+    text = _read(file)
+    session = Session.open(bundle, threads=threads, exact=not fast)
+    evaluation = _evaluate(session, text, windows, length)
+    mode = "fast" if fast else "exact"
+    if as_json:
+        about = {"bundle": bundle, "text": str(file), "mode": mode}
+        click.echo(json.dumps({**about, **evaluation.to_dict()}, ensure_ascii=False))
+        return
+    click.echo(
+        f"perplexity {evaluation.perplexity:.3f} (nll {evaluation.nll:.4f}) on {windows} windows "
+        f"of {length} tokens in {evaluation.seconds:.1f} s, {mode} arithmetic"
+    )
+
+
+def _evaluate(session: Session, text: str, windows: int, length: int) -> Evaluation:
+    """Measures with a progress bar where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from edgeattn.runtime import perplexity
+
+    console = Console(stderr=True)
+    columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("windows", total=windows)
+        return perplexity(
+            session,
+            text,
+            windows=windows,
+            length=length,
+            progress=lambda done, _: bar.update(task, completed=done),
+        )
+
+
+def _read(file: Path) -> str:
+    from edgeattn.errors import RuntimeInputError
+
+    try:
+        text = file.read_text("utf-8")
+    except OSError as error:
+        raise RuntimeInputError(
+            expected=f"a text at {file}",
+            came=f"it cannot be read ({error.strerror})",
+            todo="check the path",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RuntimeInputError(
+            expected=f"UTF-8 in {file}",
+            came=f"byte {error.start} does not fit",
+            todo="convert the text to UTF-8",
+        ) from error
+    if not text.strip():
+        raise RuntimeInputError(
+            expected=f"a text in {file}", came="the file is empty", todo="pass a text of some pages"
+        )
+    return text

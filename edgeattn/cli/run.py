@@ -1,0 +1,109 @@
+"""`edgeattn run`: a bundle continues a prompt."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgeattn.runtime import Generation, Token
+
+_EPILOG = """\b
+Examples:
+  edgeattn run ./bundle -p "It is a truth"
+  edgeattn run ./bundle --chat -p "What is a bundle?" -n 200
+  edgeattn run ./bundle -p "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+  cat prompt.txt | edgeattn run ./bundle -p - --json
+"""
+
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+@click.command("run", epilog=_EPILOG)
+@click.argument("bundle", metavar="BUNDLE")
+@click.option("-p", "--prompt", required=True, help="Text to continue; - reads standard input.")
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, help="Most tokens to add.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the bundle's chat template.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", default=0, show_default=True, help="Most candidates; 0 is all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Their probability; 1 is all.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
+@click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.pass_context
+def command(
+    context: click.Context,
+    bundle: str,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with the bundle BUNDLE, token by token.
+
+    The text goes to standard output, the speed to standard error.
+    """
+    # not at the top: `edgeattn --help` must not wait for numpy
+    from edgeattn.runtime import Session, generate
+
+    generation = generate(
+        Session.open(bundle, threads=threads),
+        _read_stdin() if prompt == "-" else prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        on_token=None if as_json else _print_token,
+    )
+    if as_json:
+        click.echo(json.dumps({"bundle": bundle, **generation.to_dict()}, ensure_ascii=False))
+    else:
+        click.echo()
+        click.echo(_speed(generation), err=True)
+    if generation.finish_reason == "interrupted":
+        context.exit(_INTERRUPTED)
+
+
+def _print_token(token: Token) -> None:
+    # A terminal that cannot show a character shows a question mark instead of ending the program.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+    click.echo(token.text, nl=False)
+
+
+def _read_stdin() -> str:
+    from edgeattn.errors import RuntimeInputError
+
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RuntimeInputError(
+            expected="a prompt in UTF-8 on standard input",
+            came=f"byte {error.start} does not fit",
+            todo="convert it to UTF-8",
+        ) from error
+    # What ends the last line is the shell's, not the prompt's.
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _speed(generation: Generation) -> str:
+    prefill, decode = generation.prefill_tokens_per_second, generation.decode_tokens_per_second
+    parts = [
+        f"prefill {generation.prompt_tokens} tokens"
+        + (f" at {prefill:.1f} tokens/s" if prefill else ""),
+        f"decode {len(generation.token_ids)} tokens"
+        + (f" at {decode:.1f} tokens/s" if decode else ""),
+        f"ended by {generation.finish_reason}",
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,209 @@
+"""ONNX Runtime on the CPU: the one place of the runtime that imports onnxruntime."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeattn.bundle.bundle import Bundle
+from edgeattn.errors import (
+    BundleError,
+    MissingDependencyError,
+    RuntimeInputError,
+    UsageError,
+    unknown_name,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from onnxruntime import InferenceSession
+
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+"""Names on the command line -> names in ONNX Runtime."""
+
+_LOG_ERRORS_ONLY = 3
+_PAST, _PRESENT = "past_key_values.", "present."
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def open_onnxruntime(
+    model: Path | bytes,
+    *,
+    weights_dir: Path | None = None,
+    threads: int | None = None,
+    exact: bool = False,
+    provider: str = "cpu",
+) -> InferenceSession:
+    """Opens a graph in ONNX Runtime.
+
+    Args:
+        model: an ONNX file, or the serialised graph.
+        weights_dir: folder of the external data; needed for a serialised graph that has any.
+        threads: threads of one operator; None takes every core this process may use.
+        exact: multiply int4 weights in fp32 instead of rounding activations to int8.
+        provider: a name in `PROVIDERS`.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        UsageError: the provider is unknown or `threads` is no positive number.
+        BundleError: ONNX Runtime refuses the graph.
+    """
+    if provider not in PROVIDERS:
+        raise unknown_name("provider", provider, PROVIDERS)
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.intra_op_num_threads = _thread_count(threads)
+    options.inter_op_num_threads = 1
+    # A pattern is planned and kept for each new input shape, and each decode step has a new one.
+    options.enable_mem_pattern = False
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if weights_dir is not None and isinstance(model, bytes):
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(weights_dir))
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+    except Exception as error:  # the classes ONNX Runtime raises have no common base of their own
+        raise BundleError(
+            expected="a graph that ONNX Runtime loads",
+            came=f"onnxruntime {ort.__version__} says: {first_line(error)}",
+            todo="upgrade onnxruntime, or export for a software version with an older opset",
+        ) from error
+
+
+class OnnxRuntimeBackend:
+    """A bundle's decoder in ONNX Runtime; the cache stays in ONNX Runtime's own tensors."""
+
+    def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, exact: bool) -> None:
+        try:
+            self._session = open_onnxruntime(
+                bundle.model_file, threads=threads, exact=exact, provider=provider
+            )
+        except BundleError as error:
+            raise _cannot_load(bundle, error) from error
+        self._value = _onnxruntime().OrtValue
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._past = [name for name in inputs if name.startswith(_PAST)]
+        self._outputs = ["logits", *(_PRESENT + name[len(_PAST) :] for name in self._past)]
+        given = {value.name for value in self._session.get_outputs()}
+        missing = [name for name in _MODEL_INPUTS if name not in inputs]
+        missing += [name for name in self._outputs if name not in given]
+        if missing or not self._past:
+            raise BundleError(
+                expected=f"a decoder in {bundle.model_file}",
+                came=f"the graph has no {missing[0] if missing else _PAST + 'N.key'}",
+                todo="export the bundle again",
+            )
+        self._empty = [(inputs[name].type, inputs[name].shape) for name in self._past]
+
+    def run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        cache: tuple[Any, ...] | None,
+    ) -> tuple[NDArray[np.float32], tuple[Any, ...]]:
+        """One step of the decoder.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, P + T]`, 1 at tokens.
+            position_ids: `[B, T]`.
+            cache: what the step before returned, or None for an empty one.
+
+        Returns:
+            Logits `[B, T, V]` (`[B, 1, V]` when the graph keeps the last only) and the new cache.
+
+        Raises:
+            RuntimeInputError: ONNX Runtime fails, for one out of memory.
+        """
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        feeds["position_ids"] = position_ids
+        values = {name: self._to_value(array) for name, array in feeds.items()}
+        values.update(zip(self._past, cache or self._empty_cache(len(input_ids)), strict=True))
+        try:
+            logits, *present = self._session.run_with_ort_values(self._outputs, values)
+        except Exception as error:  # as in open_onnxruntime
+            batch, length = input_ids.shape
+            raise RuntimeInputError(
+                expected="ONNX Runtime to run the model",
+                came=f"{batch} x {length} tokens failed: {first_line(error)}",
+                todo="give fewer tokens at once or free memory",
+            ) from error
+        return logits.numpy().astype(np.float32, copy=False), tuple(present)
+
+    def cache_bytes(self, cache: tuple[Any, ...]) -> int:
+        """Memory of a cache in bytes."""
+        return sum(int(value.tensor_size_in_bytes()) for value in cache)
+
+    def _to_value(self, array: NDArray[np.int64]) -> Any:
+        # ONNX Runtime reads the array in place, so it must be dense; the value keeps it alive.
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
+
+    def _empty_cache(self, batch: int) -> tuple[Any, ...]:
+        return tuple(
+            self._value.ortvalue_from_shape_and_type(
+                [batch, shape[1], 0, shape[3]], _ELEMENT_TYPES[kind]
+            )
+            for kind, shape in self._empty
+        )
+
+
+# Numbers of onnx.TensorProto.DataType, which covers bfloat16, unlike numpy's names.
+_ELEMENT_TYPES: Mapping[str, int] = {
+    "tensor(float)": 1,
+    "tensor(float16)": 10,
+    "tensor(bfloat16)": 16,
+}
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise UsageError(
+            expected="a positive number of threads",
+            came=f"it is {threads!r}",
+            todo="give 1 or more",
+        )
+    return threads
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            expected="ONNX Runtime, which runs the bundle",
+            came=f"onnxruntime cannot be imported ({error})",
+            todo="pip install edgeattn[ort], or edgeattn[gpu] for a machine with an NVIDIA GPU",
+        ) from error
+    return onnxruntime
+
+
+def _cannot_load(bundle: Bundle, error: BundleError) -> BundleError:
+    lowering, proven = bundle.manifest.lowering, bundle.manifest.tools.get("onnxruntime")
+    opset = f"opset {lowering['opset']}" if "opset" in lowering else "the graph's opset"
+    needed = f">={proven}" if proven else ""
+    return BundleError(
+        expected=f"an ONNX Runtime that knows {opset} of {bundle.path}"
+        + (f", proven with onnxruntime {proven}" if proven else ""),
+        came=error.came,
+        todo=f"pip install --upgrade 'onnxruntime{needed}', "
+        "or export for software with an older opset, as NAME@jetpack6.2",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its code, C++ signature and further lines."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    line = re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)
+    return line[:300].rstrip(" .")

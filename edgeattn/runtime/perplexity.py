@@ -1,0 +1,143 @@
+"""Perplexity of a text: how surprised the exported model is by each of its tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeattn.errors import BundleError, RuntimeInputError, UsageError
+from edgeattn.runtime.session import Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Rows of logits turned to fp64 at once: 64 x 150 thousand entries are 77 MB.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity and how it was measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean negative log-likelihood per predicted token, in nats.
+        windows: stretches of text that were read, each from an empty cache.
+        length: tokens of each.
+        tokens: tokens that were predicted: windows x (length - 1).
+        seconds: for running the model.
+    """
+
+    perplexity: float
+    nll: float
+    windows: int
+    length: int
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def perplexity(
+    session: Session,
+    text: str,
+    *,
+    windows: int = 12,
+    length: int = 512,
+    skip_characters: int = 2000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures perplexity on consecutive windows of a text.
+
+    The text after `skip_characters` is tokenised without special tokens and cut into windows; the
+    tokens 2 to `length` of each are predicted from those before them in the window. Open the
+    session with `exact=True` to measure the weights rather than ONNX Runtime's fast int8 mode.
+
+    Args:
+        session: the model.
+        text: long enough for all windows.
+        windows: how many.
+        length: tokens of each.
+        skip_characters: left out at the start, where books have titles and licences.
+        progress: called with (windows done, windows) after each.
+
+    Raises:
+        RuntimeInputError: the text is too short, or the windows exceed the context.
+        UsageError: a number is too small.
+        BundleError: no tokenizer, or a graph that yields the logits of the last position only.
+    """
+    _check_numbers(windows, length, skip_characters)
+    _check_session(session, length)
+    ids = session.text.encode(text[skip_characters:], add_special_tokens=False)
+    if len(ids) < windows * length:
+        raise RuntimeInputError(
+            expected=f"a text of {windows} windows of {length} tokens "
+            f"after its first {skip_characters} characters",
+            came=f"it has {len(ids)} tokens there, enough for {len(ids) // length} windows",
+            todo="take a longer text, or fewer or shorter windows",
+        )
+    started = time.perf_counter()
+    total = 0.0
+    for done in range(windows):
+        window = np.array([ids[done * length : (done + 1) * length]], np.int64)
+        total += _negative_log_likelihood(session.run(window).logits[0], window[0])
+        if progress:
+            progress(done + 1, windows)
+    tokens = windows * (length - 1)
+    nll = total / tokens
+    return Evaluation(
+        perplexity=float(np.exp(np.float64(nll))),
+        nll=nll,
+        windows=windows,
+        length=length,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _negative_log_likelihood(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> float:
+    """Sum over the tokens after the first; logits `[T, V]`, ids `[T]`."""
+    parts = []
+    for first in range(0, len(ids) - 1, _ROWS):
+        rows = logits[first : min(first + _ROWS, len(ids) - 1)].astype(np.float64)
+        targets = ids[first + 1 : first + 1 + len(rows)]
+        chosen = rows[np.arange(len(rows)), targets]
+        highest = rows.max(axis=1)
+        rows -= highest[:, None]
+        np.exp(rows, out=rows)
+        parts.append(float((highest + np.log(rows.sum(axis=1)) - chosen).sum()))
+    return math.fsum(parts)
+
+
+def _check_numbers(windows: int, length: int, skip_characters: int) -> None:
+    for name, value, least in (
+        ("number of windows", windows, 1),
+        ("length of a window", length, 2),
+        ("number of characters to skip", skip_characters, 0),
+    ):
+        if value < least:
+            raise UsageError(
+                expected=f"a {name} of at least {least}", came=f"it is {value}", todo="give more"
+            )
+
+
+def _check_session(session: Session, length: int) -> None:
+    if session.last_logits_only:
+        raise BundleError(
+            expected="a bundle that yields the logits of every position",
+            came="this one was exported with those of the last position only",
+            todo='export it with logits = "all" to measure perplexity',
+        )
+    if length > session.context:
+        raise RuntimeInputError(
+            expected=f"windows of at most {session.context} tokens, the context of the bundle",
+            came=f"the length is {length}",
+            todo="give shorter windows",
+        )

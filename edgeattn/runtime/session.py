@@ -1,0 +1,294 @@
+"""`Session`: a bundle that is loaded and runs; tokens in, logits and a new state out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgeattn.bundle.bundle import CONFIG, GENERATION_CONFIG, Bundle
+from edgeattn.errors import BundleError, RuntimeInputError, unknown_name
+from edgeattn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from edgeattn.runtime.text import Text
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+BACKENDS = ("onnxruntime",)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a session remembers of the tokens it has seen: opaque, immutable, reusable.
+
+    Running a session returns a new state and leaves the old one as it was, so that several
+    continuations can branch off one prefix.
+
+    Attributes:
+        batch: rows.
+        length: slots of the cache, padding included.
+    """
+
+    _owner: Session = field(repr=False)
+    _mask: NDArray[np.int64] = field(repr=False)  # [B, P], 1 at tokens
+    _next: NDArray[np.int64] = field(repr=False)  # [B], position of the next token
+    _cache: tuple[Any, ...] = field(repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return int(self._mask.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Slots of the cache, padding included."""
+        return int(self._mask.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The outcome of one run.
+
+    Attributes:
+        logits: `[B, T, V]` fp32; `[B, 1, V]` for a bundle exported with last-position logits.
+        state: pass it to the next run.
+    """
+
+    logits: NDArray[np.float32]
+    state: State
+
+
+class Session:
+    """A loaded bundle; open one with `Session.open`.
+
+    Safe to share between threads: states are immutable and ONNX Runtime allows concurrent runs
+    (which then compete for the same cores).
+    """
+
+    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+        self._bundle, self._backend = bundle, backend
+        self._shape = bundle.shape
+        context = bundle.manifest.lowering.get("context")
+        self._context = context if isinstance(context, int) else self._shape.max_context
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Path | str | Bundle,
+        *,
+        backend: Literal["onnxruntime"] = "onnxruntime",
+        provider: str = "cpu",
+        threads: int | None = None,
+        exact: bool = False,
+        check_hashes: bool = True,
+    ) -> Session:
+        """Loads a bundle.
+
+        Args:
+            bundle: its directory, or an opened bundle.
+            backend: "onnxruntime".
+            provider: "cpu".
+            threads: threads of one operator; None takes every core this process may use.
+            exact: multiply int4 weights in fp32. ONNX Runtime by default rounds activations to
+                int8 there, which is faster and has errors up to 0.1.
+            check_hashes: read every file and compare with the manifest; sizes are always compared.
+
+        Raises:
+            BundleError: no bundle, a damaged one, or one that this ONNX Runtime cannot load.
+            UsageError: an unknown backend or provider, or `threads` below 1.
+            MissingDependencyError: onnxruntime is not installed.
+        """
+        if backend not in BACKENDS:
+            raise unknown_name("backend", backend, BACKENDS)
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle, check_hashes=check_hashes)
+        return cls(
+            bundle, OnnxRuntimeBackend(bundle, provider=provider, threads=threads, exact=exact)
+        )
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle it runs."""
+        return self._bundle
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below this."""
+        return self._shape.vocab_size
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a row, prompt and continuation together."""
+        return self._context
+
+    @property
+    def last_logits_only(self) -> bool:
+        """Whether a run yields the logits of the last position alone."""
+        return self._bundle.manifest.lowering.get("logits") == "last"
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, from generation_config.json or else config.json.
+
+        Raises:
+            BundleError: they are no token ids.
+        """
+        for name in (GENERATION_CONFIG, CONFIG):
+            found = self._bundle.json(name).get("eos_token_id")
+            if found is not None:
+                return self._token_ids(found, name)
+        return ()
+
+    def _token_ids(self, found: object, name: str) -> tuple[int, ...]:
+        ids = tuple(found) if isinstance(found, list) else (found,)
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise BundleError(
+                expected=f"eos_token_id in {name} to be ids below {self.vocab_size}",
+                came=f"it is {found!r}",
+                todo="correct the checkpoint's file and export again",
+            )
+        return ids
+
+    @cached_property
+    def text(self) -> Text:
+        """The bundle's tokenizer and chat template.
+
+        Raises:
+            BundleError: the bundle has no tokenizer, or one that does not load.
+            MissingDependencyError: tokenizers is not installed.
+        """
+        return Text.open(self._bundle)
+
+    def cache_bytes(self, state: State) -> int:
+        """Memory of a state's cache in bytes."""
+        return self._backend.cache_bytes(state._cache)
+
+    def run(
+        self,
+        input_ids: ArrayLike,
+        state: State | None = None,
+        *,
+        attention_mask: ArrayLike | None = None,
+    ) -> Step:
+        """Runs the model on new tokens.
+
+        Args:
+            input_ids: `[B, T]`, whole numbers, T >= 1.
+            state: of the tokens before, from an earlier run of this session; it stays valid.
+            attention_mask: `[B, T]`, 1 at tokens and 0 at padding, which must be on the right;
+                None when there is none. Ids at padding count for nothing, logits there mean
+                nothing.
+
+        Raises:
+            RuntimeInputError: a shape, type, id, mask or state that does not fit, more tokens than
+                the context holds, or logits that are not finite.
+        """
+        ids = self._check_ids(input_ids)
+        mask = _check_mask(attention_mask, ids)
+        self._check_vocabulary(ids, mask)
+        self._check_state(state, ids)
+        total = mask if state is None else np.concatenate((state._mask, mask), axis=1)
+        if state is None and not mask[:, 0].all():
+            raise RuntimeInputError(
+                expected="at least one token in every row",
+                came=f"row {int(mask[:, 0].argmin())} is all padding",
+                todo="leave that row out",
+            )
+        first = np.int64(0) if state is None else state._next[:, None]
+        positions = np.maximum(first + mask.cumsum(axis=1) - 1, 0)
+        # An id at padding may be a marker such as -100, which the embedding could not look up.
+        ids = ids if attention_mask is None else ids * mask
+        cache = None if state is None else state._cache
+        logits, present = self._backend.run(ids, total, positions, cache)
+        self._check_logits(logits, None if attention_mask is None else mask)
+        return Step(logits, State(self, total, total.sum(axis=1), present))
+
+    def _check_ids(self, input_ids: ArrayLike) -> NDArray[np.int64]:
+        ids = _whole_numbers("input_ids", input_ids)
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise RuntimeInputError(
+                expected="input_ids of shape [batch, length], both at least 1",
+                came=f"the shape is {list(ids.shape)}",
+                todo="put the token ids of each text into one row",
+            )
+        return ids
+
+    def _check_vocabulary(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
+        wrong = ((ids < 0) | (ids >= self.vocab_size)) & (mask == 1)
+        if wrong.any():
+            raise RuntimeInputError(
+                expected=f"token ids from 0 to {self.vocab_size - 1}",
+                came=f"there is {ids[wrong][0]}",
+                todo="use the bundle's own tokenizer",
+            )
+
+    def _check_state(self, state: State | None, ids: NDArray[np.int64]) -> None:
+        if state is not None and state._owner is not self:
+            raise RuntimeInputError(
+                expected="a state of this session",
+                came="the state was made by another one",
+                todo="run the earlier tokens with this session",
+            )
+        if state is not None and state.batch != len(ids):
+            raise RuntimeInputError(
+                expected=f"{state.batch} rows, as the state has",
+                came=f"input_ids has {len(ids)}",
+                todo="give every row a new token, or padding through attention_mask",
+            )
+        total = ids.shape[1] + (state.length if state else 0)
+        if total > self.context:
+            raise RuntimeInputError(
+                expected=f"at most {self.context} tokens, the context of the bundle",
+                came=f"there would be {total}",
+                todo="give a shorter text, or export with a larger --context",
+            )
+
+    def _check_logits(self, logits: NDArray[np.float32], mask: NDArray[np.int64] | None) -> None:
+        if mask is not None and logits.shape[1] == mask.shape[1]:
+            logits = logits[mask == 1]
+        # The maximum is not finite where any element is NaN or +inf; it allocates nothing.
+        if logits.size and not np.isfinite(logits.max()):
+            raise RuntimeInputError(
+                expected="finite logits",
+                came="the model returned NaN or infinity",
+                todo="run `edgeattn verify` on the bundle; fp16 may be too narrow for this model",
+            )
+
+
+def _whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        array = np.empty(0)
+    if array.dtype.kind not in "iu":
+        raise RuntimeInputError(
+            expected=f"{name} as whole numbers in rows of one length",
+            came=f"an array of {array.dtype} came" if array.size else "they form no array",
+            todo="pass an int64 array of shape [batch, length]",
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def _check_mask(attention_mask: ArrayLike | None, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The mask of the new tokens, `[B, T]`."""
+    if attention_mask is None:
+        return np.ones(ids.shape, np.int64)
+    if np.asarray(attention_mask).dtype == np.bool_:
+        attention_mask = np.asarray(attention_mask, np.int64)
+    mask = _whole_numbers("attention_mask", attention_mask)
+    if mask.shape != ids.shape:
+        raise RuntimeInputError(
+            expected=f"an attention_mask of shape {list(ids.shape)}, as input_ids has",
+            came=f"its shape is {list(mask.shape)}",
+            todo="mask the new tokens only; the state knows the earlier ones",
+        )
+    if not np.isin(mask, (0, 1)).all() or (np.diff(mask, axis=1) > 0).any():
+        raise RuntimeInputError(
+            expected="an attention_mask of ones, then zeros in each row",
+            came="it holds other numbers or padding before a token",
+            todo="pad on the right",
+        )
+    return mask

@@ -1,0 +1,190 @@
+"""`Text`: a bundle's tokenizer and chat template, and text from tokens as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
+from edgeattn.errors import BundleError, MissingDependencyError, RuntimeInputError
+from edgeattn.runtime.chat import render
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character is at most 4 bytes, so at most 4 tokens; what is unfinished after more never will be.
+_MOST_HELD_BACK = 4
+# Tokens of the prompt that a stream starts from; most decoders look back at one.
+_CONTEXT = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Text to tokens and back, exactly as tokenizer.json says.
+
+    Attributes:
+        tokenizer: the tokenizer, with truncation and padding off.
+        chat_template: Jinja source, None when the bundle has none.
+        special_tokens: `bos_token`, `eos_token` and the like, as templates name them.
+    """
+
+    tokenizer: Tokenizer
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Text:
+        """Reads the tokenizer of a bundle.
+
+        Raises:
+            BundleError: it has no tokenizer, or one that does not load.
+            MissingDependencyError: tokenizers is not installed.
+        """
+        config = bundle.json(TOKENIZER_CONFIG)
+        tokens = {key: _token(value) for key, value in config.items() if key.endswith("_token")}
+        return cls(
+            _load_tokenizer(bundle),
+            _chat_template(bundle, config),
+            {key: value for key, value in tokens.items() if value is not None},
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text.
+            add_special_tokens: add what tokenizer.json adds by itself, as a token of beginning.
+
+        Raises:
+            RuntimeInputError: the text is no Unicode text (it holds half of a surrogate pair).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RuntimeInputError(
+                expected="a Unicode text",
+                came=f"character {error.start} is half of a surrogate pair",
+                todo="pass the text in UTF-8",
+            ) from error
+        encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation, ready for the model's answer.
+
+        It holds its own special tokens: encode it with `add_special_tokens=False`.
+
+        Args:
+            messages: each with "role" ("system", "user" or "assistant") and "content".
+
+        Raises:
+            BundleError: the bundle has no chat template.
+            RuntimeInputError: the template refuses the messages or does not work.
+        """
+        if self.chat_template is None:
+            raise BundleError(
+                expected="a chat template in the bundle",
+                came="the checkpoint had none",
+                todo="leave --chat out, or add chat_template.jinja to the checkpoint and export",
+            )
+        variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": True}
+        return render(self.chat_template, {**self.special_tokens, **variables})
+
+    def stream(self, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """A decoder of tokens that follow `prompt_ids`."""
+        return TextStream(self, prompt_ids)
+
+
+class TextStream:
+    """Turns tokens into pieces of text as they come; the pieces are whole characters.
+
+    A token may end within a character. Its text is held back until the rest has come.
+    """
+
+    def __init__(self, text: Text, prompt_ids: Sequence[int]) -> None:
+        self._text = text
+        # The text of a token depends on the one before: some decoders drop a leading space.
+        self._known = list(prompt_ids[-_CONTEXT:])
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str | None:
+        """The text that `token_id` completes, None while a character is unfinished."""
+        self._pending.append(token_id)
+        piece = self._piece()
+        if piece.endswith(_REPLACEMENT) and len(self._pending) <= _MOST_HELD_BACK:
+            return None
+        return self._release(piece)
+
+    def finish(self) -> str:
+        """What is still held back, with a replacement character for unfinished ones."""
+        return self._release(self._piece()) if self._pending else ""
+
+    def _piece(self) -> str:
+        known = self._text.decode(self._known)
+        return self._text.decode([*self._known, *self._pending])[len(known) :]
+
+    def _release(self, piece: str) -> str:
+        # Only special tokens gave no text; they need not become the context of the next.
+        if piece:
+            self._known = [*self._known, *self._pending][-_CONTEXT:]
+        self._pending = []
+        return piece
+
+
+def _load_tokenizer(bundle: Bundle) -> Tokenizer:
+    file = bundle.file(TOKENIZER)
+    if file is None:
+        raise BundleError(
+            expected=f"{TOKENIZER} in {bundle.path}",
+            came="the checkpoint had no tokenizer",
+            todo="export from a checkpoint with one, or pass token ids from Python",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingDependencyError(
+            expected="the tokenizers package",
+            came=f"it cannot be imported ({error})",
+            todo="pip install tokenizers",
+        ) from error
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises plain Exception
+        raise BundleError(
+            expected=f"a tokenizer in {file}",
+            came=f"it does not load ({error})",
+            todo="upgrade tokenizers or export the bundle again",
+        ) from error
+    # Some checkpoints store the limits of their training, which would cut or fill every text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _chat_template(bundle: Bundle, config: Mapping[str, Any]) -> str | None:
+    file = bundle.file(CHAT_TEMPLATE)
+    if file is not None:
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                expected=f"UTF-8 in {file}", came=str(error), todo="export the bundle again"
+            ) from error
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _token(value: object) -> str | None:
+    """A special token, which tokenizer_config.json stores as a text or as an object."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
