@@ -17,14 +17,16 @@ from edgeattn.bundle.genai import genai_config
 from edgeattn.bundle.manifest import SCHEMA_VERSION, Manifest, TargetRecord, VerificationRecord
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import EdgeattnError, MissingDependencyError
+from edgeattn.errors import BundleError, EdgeattnError, MissingDependencyError
 from edgeattn.planner.lowering import Lowering, check_shape, plan_lowering
 from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
+    from edgeattn.bundle.bundle import Bundle
     from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.model import Model
+    from edgeattn.verify.golden import Golden
     from edgeattn.verify.verify import Verification
 
 Progress = Callable[[str, int, int], None]
@@ -146,6 +148,73 @@ def _export(
     return report
 
 
+def verify_bundle(
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
+    tensorrt: bool = True,
+    progress: Progress | None = None,
+) -> Verification:
+    """Proves a bundle again against golden vectors or the checkpoint.
+
+    Args:
+        path: the bundle.
+        checkpoint: compare with torch on it; None uses the bundle's golden vectors.
+        tensorrt: also parse and build with TensorRT-RTX where the target has a TensorRT.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BundleError: the bundle is damaged, or has no golden vectors and no checkpoint was given.
+    """
+    from edgeattn.bundle.bundle import Bundle
+    from edgeattn.verify.verify import Verification, check_onnxruntime, check_tensorrt
+
+    bundle = Bundle.open(path)
+    recipe = Recipe.from_dict(bundle.manifest.recipe)
+    lowering = plan_lowering(recipe, parse_target(recipe.target))
+    golden = _golden_of(bundle, lowering, checkpoint, progress)
+    agreement = check_onnxruntime(
+        bundle.model_file,
+        golden,
+        lowering,
+        num_layers=bundle.shape.num_layers,
+        progress=progress,
+    )
+    built = None
+    if tensorrt and agreement.passed:
+        built = check_tensorrt(bundle.model_file, lowering, bundle.shape, progress=progress)
+    return Verification((agreement,), built)
+
+
+def _golden_of(
+    bundle: Bundle, lowering: Lowering, checkpoint: Path | None, progress: Progress | None
+) -> Golden:
+    from edgeattn.verify.golden import Golden
+    from edgeattn.verify.verify import record_golden
+
+    if checkpoint is None:
+        file = bundle.file(layout.GOLDEN)
+        if file is None:
+            raise BundleError(
+                expected=f"golden vectors in {bundle.path}",
+                came="it was exported with --no-verify and has none",
+                todo="pass --checkpoint MODEL, or export it again with verification",
+            )
+        return Golden.load(file)
+    from edgeattn.models.checkpoint import open_checkpoint
+
+    _require_export_extra()
+    opened = open_checkpoint(checkpoint)
+    if opened.identity["fingerprint"] != bundle.manifest.source.get("fingerprint"):
+        raise BundleError(
+            expected=f"the checkpoint that {bundle.path} was exported from",
+            came=f"{checkpoint} is another one",
+            todo=f"pass the checkpoint named {bundle.manifest.source.get('name')}",
+        )
+    tokens = _proof_tokens(opened)
+    return record_golden(_transform(opened, lowering), lowering, tokens=tokens, progress=progress)
+
+
 def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
     """Checkpoint -> Model, through the transforms of the recipe."""
     import torch
@@ -171,15 +240,13 @@ def _prove(
         record_golden,
     )
 
-    golden = record_golden(
-        model, lowering, tokens=_proof_tokens(checkpoint), progress=progress
-    )
+    golden = record_golden(model, lowering, tokens=_proof_tokens(checkpoint), progress=progress)
     golden.save(writer.path / layout.GOLDEN)
     model_file = writer.path / layout.MODEL
     agreement = check_onnxruntime(
         model_file,
         golden,
-        dtype=lowering.dtype,
+        lowering,
         num_layers=model.shape.num_layers,
         progress=progress,
     )

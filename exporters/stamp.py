@@ -91,17 +91,20 @@ class _Stamper:
         for node in nodes:
             first = node.inputs[0] if node.inputs else None
             name = self._parameter_name(first, prefix, kind)
-            if name and node.op_type == "Transpose" and name != EMBEDDING:
+            if first is None or name is None:
+                self._copy_node(node, values, prefix, kind)
+            elif node.op_type == "Transpose" and name != EMBEDDING:
                 # A linear layer: MatMul takes its weight as [inputs, outputs], stored that way.
                 values[node.outputs[0]] = self._matrix(name, transposed=True)
-            elif name and node.op_type == "Transpose":
+            elif node.op_type == "Transpose":
                 # The tied head shares the embedding's bytes, so it is transposed in the graph.
                 values[first] = self._matrix(name, transposed=False, prefix="lm_head.")
                 self._copy_node(node, values, prefix, kind)
                 del values[first]
             elif name == EMBEDDING and node.op_type == "Gather":
-                output = node.outputs[0].name or ""
-                new = self.binder.rows(name, values[node.inputs[1]], output)
+                indices = node.inputs[1]
+                assert indices is not None
+                new = self.binder.rows(name, values[indices], node.outputs[0].name or "")
                 self.nodes += new
                 values[node.outputs[0]] = new[-1].outputs[0]
             else:

@@ -93,7 +93,7 @@ def trace_decoder(shape: ModelShape, lowering: Lowering, *, num_layers: int = 1)
 
 
 class _Names:
-    """Graph inputs and outputs in the naming of Hugging Face's ONNX exports and onnxruntime-genai."""
+    """Graph inputs and outputs, named as in Hugging Face's ONNX exports and onnxruntime-genai."""
 
     def __init__(self, num_layers: int) -> None:
         pairs = [(i, part) for i in range(num_layers) for part in ("key", "value")]
@@ -136,7 +136,7 @@ def _finish(model: ir.Model, names: _Names) -> None:
 
 
 def _name_dimensions(graph: ir.Graph, names: _Names) -> None:
-    """Replaces torch's symbols by the names clients look for; inner shapes are left to inference."""
+    """Replaces torch's symbols by the names clients know; inner shapes are left to inference."""
     batch, length, past, total = (
         ir.SymbolicDim(name)
         for name in (

@@ -194,7 +194,8 @@ def write_weights(
         for count, (parameter, parts) in enumerate(by_parameter.items(), start=1):
             for stored, data in _encode(binder, parameter, parts):
                 offset = writer.write_aligned(data)
-                assert stored.value.shape is not None and stored.value.dtype is not None
+                assert stored.value.shape is not None
+                assert stored.value.dtype is not None
                 stored.value.const_value = ir.ExternalTensor(
                     path.name,
                     offset,
@@ -251,7 +252,7 @@ class _HashingWriter:
         """Appends `data` and returns the offset it starts at."""
         self._put(memoryview(bytes(-self.position % _PAGE)))
         offset = self.position
-        self._put(memoryview(data))
+        self._put(data.data)
         return offset
 
     def _put(self, data: memoryview) -> None:

@@ -95,7 +95,9 @@ def _fail(ctx: click.Context, sentence: str, exit_code: int) -> NoReturn:
     ctx.exit(exit_code)
 
 
-@click.group(cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="edgeattn")
 def main() -> None:
     """From a transformer checkpoint to a bundle proven equal in PyTorch and ONNX Runtime.

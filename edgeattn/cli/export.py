@@ -62,9 +62,7 @@ def command(
         return
     place = output or default_output(model, recipe)
     with show_progress() as progress:
-        report = export(
-            model, recipe, place, verify=not no_verify, force=force, progress=progress
-        )
+        report = export(model, recipe, place, verify=not no_verify, force=force, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -80,14 +78,15 @@ def _show_plan(model: Path, recipe: Recipe, as_json: bool) -> None:
     lowering = plan_lowering(recipe, parse_target(recipe.target))
     shape = read_shape(model)
     check_shape(lowering, shape)
-    plan = {"lowering": lowering.to_dict(), "weight_bytes": weight_bytes(shape, lowering)}
+    size = weight_bytes(shape, lowering)
+    plan = {"lowering": lowering.to_dict(), "weight_bytes": size}
     if as_json:
         click.echo(json.dumps(plan, indent=2))
         return
     for key, value in lowering.to_dict().items():
         shown = value["label"] if key == "scheme" else value
         click.echo(f"{key:16} {shown}")
-    click.echo(f"{'weights':16} {plan['weight_bytes'] / 1e6:.1f} MB")
+    click.echo(f"{'weights':16} {size / 1e6:.1f} MB")
 
 
 def _show_report(report: ExportReport) -> None:

@@ -17,7 +17,14 @@ def show_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         yield lambda stage, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -26,14 +33,13 @@ def show_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                for earlier in tasks.values():
-                    length = display.tasks[earlier].total
-                    display.update(earlier, completed=length)  # type: ignore[arg-type]
-                tasks[stage] = display.add_task(stage, total=total)  # type: ignore[assignment]
-            display.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                for earlier in display.tasks:
+                    display.update(earlier.id, completed=earlier.total)
+                tasks[stage] = display.add_task(stage, total=total)
+            display.update(tasks[stage], completed=done, total=total)
 
         yield update

@@ -1,6 +1,6 @@
 """The attention of the decoder in plain torch: rotary positions, mask, cached softmax attention.
 
-Two spellings of one meaning exist, because the graph a target's parser takes decides which is traced:
+Two spellings of one meaning exist; the graph a target's parser takes decides which is traced:
 "standard" becomes the ONNX 23 operators Attention and RMSNormalization, "primitive" only operators
 of ONNX 20 (JetPack 6.2) or of fp32, for which TensorRT has no Attention kernel.
 """
@@ -38,8 +38,10 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-def rotary_caches(inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin `[B, 1, T, D/2]` of each position; the angle is computed in fp32.
+def rotary_caches(
+    inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[B, 1, T, D/2]` of each position; the angle is computed in fp32.
 
     Args:
         inv_freq: `[D/2]` radians per position.
@@ -90,9 +92,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm) ->
     """
     if form == "standard":
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    batch_heads = q.unflatten(1, (k.shape[1], -1))
+    batch, heads, length, width = q.shape
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
     # Scaling the queries, not the scores, keeps fp16 scores inside the range.
-    scores = (batch_heads * q.shape[-1] ** -0.5) @ k.unsqueeze(2).transpose(-1, -2)
+    scores = (grouped * width**-0.5) @ k.unsqueeze(2).transpose(-1, -2)
     lowest = torch.finfo(torch.float32).min
     scores = torch.where(mask.unsqueeze(1), scores.float(), lowest)
     weights = torch.softmax(scores, dim=-1).to(v.dtype)

@@ -275,5 +275,3 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
             came="it holds NaN or infinity",
             todo="use an intact checkpoint, or a wider --dtype if the values overflow this one",
         )
-
-

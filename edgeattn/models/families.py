@@ -27,7 +27,7 @@ class Family:
         name: `model_type` in config.json.
         qkv_bias: q, k and v projections carry a bias.
         qk_norm: RMSNorm on q and k per head.
-        gguf_architecture: `general.architecture` of the family in GGUF, None if not read from there.
+        gguf_architecture: `general.architecture` of the family in GGUF, None if not read.
         unsupported: config keys whose truthy value this decoder cannot honour, with the reason.
     """
 

@@ -1,4 +1,4 @@
-"""`Model`: an architecture and its weights, as transforms pass it on. Weights are read on demand."""
+"""`Model`: an architecture and its weights, read on demand, as transforms pass it on."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Lowering:
         batch: most rows at once.
         context: longest sequence asked for; None is the checkpoint's own.
         strip_functions: function bodies are removed before an engine is built.
-        rtx_sm: compute capability the TensorRT-RTX check builds for; None where TensorRT has no part.
+        rtx_sm: compute capability the TensorRT-RTX check builds for; None without TensorRT.
     """
 
     target: str
@@ -68,7 +68,7 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
     return Lowering(
         target=target.name,
         flavour=target.flavour,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         scheme=scheme,
         opset=target.opset(int4=4 in scheme.weight_bits),
         attention=graph.operators,

@@ -1,4 +1,4 @@
-"""Symmetric quantisation of weight matrices: choose scales, quantise, dequantise. Pure functions."""
+"""Symmetric quantisation of weight matrices as pure functions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from edgeattn.quant.scheme import WeightFormat
 
-# Scales tried by the MSE search, as fractions of the one that maps the largest weight to the largest
-# integer. Below a half, clipping loses more than rounding gains.
+# Scales tried by the MSE search, as fractions of the one that maps the largest weight to the
+# largest integer. Below a half, clipping loses more than rounding gains.
 _CLIP_FRACTIONS = tuple(1.0 - 0.03 * i for i in range(17))
 # Weights searched at once: small enough that the temporaries stay in a core's cache.
 _CHUNK_WEIGHTS = 1 << 17
@@ -33,8 +33,8 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """`[outputs, inputs]` in the dtype of the scales, multiplied once, as ONNX defines it."""
-        groups = self.qdata.unflatten(-1, (self.scale.shape[-1], -1)).to(self.scale.dtype)
-        return (groups * self.scale.unsqueeze(-1)).flatten(-2)
+        groups = self.qdata.view(*self.scale.shape, -1).to(self.scale.dtype)
+        return (groups * self.scale.unsqueeze(-1)).view(self.qdata.shape)
 
 
 def quantize_symmetric(

@@ -42,7 +42,9 @@ class Case:
     steps: tuple[StepInputs, ...]
 
 
-def build_cases(vocab_size: int, context: int, tokens: Sequence[int] | None = None) -> tuple[Case, ...]:
+def build_cases(
+    vocab_size: int, context: int, tokens: Sequence[int] | None = None
+) -> tuple[Case, ...]:
     """The cases every bundle is verified with.
 
     Args:

@@ -1,4 +1,4 @@
-"""Compares an implementation with golden vectors, tensor by tensor, and finds the first bad layer."""
+"""Compares an implementation with golden vectors tensor by tensor; finds the first bad layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.drive import Tensors
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.tolerance import allowed_error, relative_error
@@ -87,20 +88,21 @@ class Agreement:
         }
 
 
-def compare(backend: str, found: Tensors, golden: Golden, dtype: str) -> Agreement:
+def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) -> Agreement:
     """Compares what an implementation gave with what was expected.
 
     A tensor the implementation does not give (the residual stream, unless asked for) is left out;
     logits and cache must be there.
     """
-    comparisons = []
+    quantized, comparisons = bool(lowering.scheme.weight_bits), []
     for name, reference in golden.expected.items():
         if name not in found and ".hidden." in name:
             continue
         value = found.get(name)
         error = float("inf") if value is None else relative_error(value, reference)
         low = golden.low_precision_error.get(name, 0.0)
-        comparisons.append(Comparison(name, error, low, allowed_error(dtype, low)))
+        allowed = allowed_error(lowering.dtype, low, quantized=quantized)
+        comparisons.append(Comparison(name, error, low, allowed))
     top1, kl = _distribution_agreement(found, golden.expected)
     return Agreement(backend, tuple(comparisons), top1, kl)
 

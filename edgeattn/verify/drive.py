@@ -75,7 +75,9 @@ def drive(
 
 
 def _valid_logits(logits: NDArray[np.float32], inputs: StepInputs) -> NDArray[np.float32]:
-    """Logits of real tokens `[n, vocab]`; a graph that gives the last place only has one per row."""
-    if logits.shape[1] == inputs.input_ids.shape[1]:
-        return logits[inputs.new_mask]
-    return logits[inputs.new_mask[:, -1], -1]
+    """Logits of real tokens `[n, vocab]`; a last-position graph has one per row at most."""
+    every_place = logits.shape[1] == inputs.input_ids.shape[1]
+    valid: NDArray[np.float32] = (
+        logits[inputs.new_mask] if every_place else logits[inputs.new_mask[:, -1], -1]
+    )
+    return valid

@@ -1,4 +1,4 @@
-"""Golden vectors: inputs and reference outputs kept in the bundle, so that torch is not needed later."""
+"""Golden vectors: inputs and reference outputs in the bundle, so that torch is not needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Golden:
 
     Attributes:
         cases: the inputs.
-        expected: outputs of the fp32 reference on the weights the bundle stores.
+        expected: outputs of the reference on the weights the bundle stores.
         low_precision_error: per tensor, of plain torch in the bundle's dtype (`tolerance`).
     """
 
@@ -40,7 +40,9 @@ class Golden:
         arrays.update({f"expected/{name}": value for name, value in self.expected.items()})
         names = sorted(self.low_precision_error)
         arrays["low_precision_error/names"] = np.array(names)
-        arrays["low_precision_error/values"] = np.array([self.low_precision_error[n] for n in names])
+        arrays["low_precision_error/values"] = np.array(
+            [self.low_precision_error[n] for n in names]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

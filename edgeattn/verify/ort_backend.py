@@ -25,9 +25,7 @@ class OrtBackend:
 
     def __init__(self, model: Path, *, hidden: bool = False) -> None:
         source = with_hidden_outputs(model) if hidden else model
-        self._session = open_onnxruntime(
-            source, weights_dir=model.parent, threads=None, exact=True
-        )
+        self._session = open_onnxruntime(source, weights_dir=model.parent, threads=None, exact=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {
             i.name: i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")

@@ -78,7 +78,7 @@ def record_golden(
     tokens: Sequence[int] | None,
     progress: Progress | None = None,
 ) -> Golden:
-    """Runs the torch model of the recipe: the fp32 reference, then plain low precision.
+    """Runs the torch model of the recipe: the reference, and plain low precision beside it.
 
     Args:
         model: transformed and quantised as the recipe says.
@@ -86,28 +86,11 @@ def record_golden(
         tokens: ids of a text to run, None for random ones.
         progress: called with (stage, done, total).
     """
-    import torch
+    from edgeattn.verify.reference import run_reference
 
-    from edgeattn.models.model import load_decoder
-    from edgeattn.verify.torch_backend import TorchBackend
-
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes[lowering.dtype]
     cases = build_cases(model.shape.vocab_size, model.shape.max_context, tokens)
-    decoder = load_decoder(
-        model,
-        weight_dtype=dtype,
-        compute_dtype=torch.float32,
-        form=lowering.attention,
-        last_logits_only=lowering.logits == "last",
-        progress=_staged(progress, "loading the torch reference"),
-    )
-    expected = drive(TorchBackend(decoder), cases, _staged(progress, "torch, fp32 reference"))
-    if lowering.dtype == "fp32":
-        return Golden(cases, expected, dict.fromkeys(expected, 0.0))
-    plain = drive(
-        TorchBackend(decoder.convert(dtype)), cases, _staged(progress, f"torch, {lowering.dtype}")
-    )
+    stage = _staged(progress, "torch, layer by layer")
+    expected, plain = run_reference(model, lowering, cases, stage)
     errors = {name: relative_error(plain[name], value) for name, value in expected.items()}
     return Golden(cases, expected, errors)
 
@@ -115,8 +98,8 @@ def record_golden(
 def check_onnxruntime(
     model_file: Path,
     golden: Golden,
+    lowering: Lowering,
     *,
-    dtype: str,
     num_layers: int,
     progress: Progress | None = None,
 ) -> Agreement:
@@ -127,12 +110,12 @@ def check_onnxruntime(
     """
     stage = _staged(progress, "ONNX Runtime")
     found = drive(OrtBackend(model_file), golden.cases, stage)
-    agreement = compare(OrtBackend.name, found, golden, dtype)
+    agreement = compare(OrtBackend.name, found, golden, lowering)
     if agreement.passed:
         return agreement
     stage = _staged(progress, "ONNX Runtime, layer by layer")
     found = drive(OrtBackend(model_file, hidden=True), golden.cases, stage)
-    detailed = compare(OrtBackend.name, found, golden, dtype)
+    detailed = compare(OrtBackend.name, found, golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
 
 

@@ -1,0 +1,46 @@
+"""`edgeattn verify`: prove a bundle again, here and now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_EPILOG = """\b
+Examples:
+  edgeattn verify ./bundle
+  edgeattn verify ./bundle --checkpoint ./SmolLM2-135M
+  edgeattn verify ./bundle --no-tensorrt --json
+"""
+
+
+@click.command("verify", epilog=_EPILOG)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Compare with torch on this checkpoint instead of the golden vectors.",
+)
+@click.option("--no-tensorrt", is_flag=True, help="Leave out TensorRT's parser and builder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def command(bundle: Path, checkpoint: Path | None, no_tensorrt: bool, as_json: bool) -> None:
+    """Prove BUNDLE: every hash, ONNX Runtime against the reference, TensorRT's parser and builder.
+
+    Without --checkpoint the reference is the golden vectors the export wrote, and torch is not
+    needed. On a mismatch the first layer out of tolerance is named and the exit code is 1.
+    """
+    from edgeattn.cli.progress import show_progress
+    from edgeattn.pipeline import verify_bundle
+
+    with show_progress() as progress:
+        verification = verify_bundle(
+            bundle, checkpoint=checkpoint, tensorrt=not no_tensorrt, progress=progress
+        )
+    if as_json and verification.passed:
+        click.echo(json.dumps(verification.to_dict(), indent=2))
+    elif not as_json:
+        from edgeattn.cli.tables import print_verification
+
+        print_verification(verification)
+    verification.raise_if_failed()

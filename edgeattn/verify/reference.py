@@ -1,0 +1,156 @@
+"""The torch model of a recipe, run layer by layer: the reference, and plain low precision beside it.
+
+The inputs of every step are known beforehand (decoding is teacher-forced), so a layer can run all
+steps of all cases before the next one is loaded. Memory is about one layer, whatever the depth, and
+each weight is read, transformed and dequantised once for both precisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeattn.models.attention import RMSNorm, causal_mask, inverse_frequencies, rotary_caches
+from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
+from edgeattn.models.model import Model, rounded
+from edgeattn.planner.lowering import Lowering
+from edgeattn.verify.cases import Case, StepInputs
+from edgeattn.verify.drive import Tensors
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What the reference computes in: one step above the bundle's dtype.
+REFERENCE_DTYPES = {"fp32": torch.float64, "fp16": torch.float32, "bf16": torch.float32}
+# Rows of the LM head multiplied at once, so that a wide vocabulary is never held in fp64.
+_HEAD_ROWS = 16384
+
+
+@dataclass
+class _Run:
+    """One precision on its way through the network.
+
+    Attributes:
+        dtype: of activations and weights.
+        hidden: residual stream per case and step, `[B, T, hidden]`.
+        found: what was recorded so far, named as in `drive`.
+    """
+
+    dtype: torch.dtype
+    hidden: list[list[Tensor]]
+    found: Tensors
+
+
+@torch.inference_mode()
+def run_reference(
+    model: Model,
+    lowering: Lowering,
+    cases: Sequence[Case],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensors, Tensors]:
+    """Runs `model` through `cases`.
+
+    Args:
+        model: transformed and quantised.
+        lowering: dtype, spelling of attention, choice of logits.
+        cases: inputs.
+        progress: called with (layers done, all layers).
+
+    Returns:
+        The reference and the plain run in the bundle's dtype, both as `drive` names them. Weights
+        are rounded to the bundle's dtype in both.
+    """
+    walk = _Walk(model, lowering, cases)
+    runs = [walk.embed(dtype) for dtype in (REFERENCE_DTYPES[lowering.dtype], walk.weight_dtype)]
+    for layer in range(model.shape.num_layers):
+        walk.layer(layer, runs)
+        if progress:
+            progress(layer + 1, model.shape.num_layers)
+    walk.head(runs)
+    return runs[0].found, runs[1].found
+
+
+class _Walk:
+    def __init__(self, model: Model, lowering: Lowering, cases: Sequence[Case]) -> None:
+        self.model = model
+        self.shape = model.shape
+        self.lowering = lowering
+        self.cases = cases
+        self.weight_dtype = TORCH_DTYPES[lowering.dtype]
+        self.inv_freq = inverse_frequencies(model.shape)
+        self.names = parameter_names(model.shape)
+
+    def embed(self, dtype: torch.dtype) -> _Run:
+        table = self._weight(EMBEDDING)
+        hidden = [
+            [table[torch.from_numpy(step.input_ids)].to(dtype) for step in case.steps]
+            for case in self.cases
+        ]
+        run = _Run(dtype, hidden, {})
+        self._record_hidden(run, 0)
+        return run
+
+    def layer(self, index: int, runs: Sequence[_Run]) -> None:
+        prefix = f"layers.{index}."
+        with torch.device("meta"):
+            module = DecoderLayer(self.shape, self.lowering.attention)
+        module = module.to(self.weight_dtype).to_empty(device="cpu").eval()
+        parameters = dict(module.named_parameters())
+        for name in self.names:
+            if name.startswith(prefix):
+                parameters[name.removeprefix(prefix)].copy_(self._weight(name))
+        # From wide to narrow: the weights are numbers of the narrow dtype, so nothing is rounded.
+        for run in runs:
+            module.to(run.dtype)
+            for case, hidden in zip(self.cases, run.hidden, strict=True):
+                self._run_case(module, index, case, hidden, run)
+            self._record_hidden(run, index + 1)
+
+    def _run_case(
+        self, module: DecoderLayer, index: int, case: Case, hidden: list[Tensor], run: _Run
+    ) -> None:
+        size = (hidden[0].shape[0], self.shape.num_kv_heads, 0, self.shape.head_dim)
+        past = (torch.zeros(size, dtype=run.dtype), torch.zeros(size, dtype=run.dtype))
+        for i, step in enumerate(case.steps):
+            mask = causal_mask(torch.from_numpy(step.attention_mask), step.input_ids.shape[1])
+            positions = torch.from_numpy(step.position_ids)
+            cos, sin = rotary_caches(self.inv_freq, positions, run.dtype)
+            hidden[i], past = module(hidden[i], cos, sin, mask, past)
+        valid = case.steps[-1].attention_mask.astype(bool)
+        for part, tensor in zip(("key", "value"), past, strict=True):
+            array = _numpy(tensor.transpose(1, 2))[valid]
+            run.found[f"{case.name}.present.{index}.{part}"] = array
+
+    def head(self, runs: Sequence[_Run]) -> None:
+        norm = RMSNorm(self.shape.hidden_size, self.shape.norm_eps).to(self.weight_dtype)
+        norm.weight.copy_(self._weight(FINAL_NORM))
+        matrix = self._weight(EMBEDDING if self.shape.tied_embeddings else LM_HEAD)
+        for run in runs:
+            norm.to(run.dtype)
+            for case, hidden in zip(self.cases, run.hidden, strict=True):
+                for i, step in enumerate(case.steps):
+                    rows = norm(_last_or_all(hidden[i], step, self.lowering.logits))
+                    pieces = [rows @ part.to(run.dtype).T for part in matrix.split(_HEAD_ROWS)]
+                    run.found[f"{case.name}.{i}.logits"] = _numpy(torch.cat(pieces, dim=-1))
+
+    def _record_hidden(self, run: _Run, index: int) -> None:
+        for case, hidden in zip(self.cases, run.hidden, strict=True):
+            run.found[f"{case.name}.hidden.{index}"] = _numpy(hidden[0])[case.steps[0].new_mask]
+
+    def _weight(self, name: str) -> Tensor:
+        return rounded(name, self.model.weights.read(name), self.weight_dtype)
+
+
+def _last_or_all(hidden: Tensor, step: StepInputs, logits: str) -> Tensor:
+    """Residual stream of the places whose logits the graph gives and that are no padding."""
+    mask = torch.from_numpy(step.new_mask)
+    return hidden[mask] if logits == "all" else hidden[mask[:, -1], -1]
+
+
+def _numpy(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.float().numpy()
+    return array

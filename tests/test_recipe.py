@@ -1,0 +1,47 @@
+"""Recipes: from TOML and flags to one frozen value, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeattn.errors import UsageError
+from edgeattn.recipe import Recipe, read_recipe
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('target = "jetson-orin@jetpack6.2"\nquant = "w4-rtn:group=128"\ncontext = 2048\n')
+    recipe = Recipe.from_dict(read_recipe(file))
+    assert recipe == Recipe("jetson-orin@jetpack6.2", "w4-rtn:group=128", context=2048)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({}, "pass --target"),
+        ({"target": "cpu", "quan": "none"}, "did you mean quant"),
+        ({"target": "cpu", "dtype": "fp61"}, "did you mean fp16"),
+        ({"target": "cpu", "logits": "first"}, "known are all, last"),
+        ({"target": "cpu", "context": 0}, "positive context"),
+        ({"target": "cpu", "batch": -1}, "positive batch"),
+        ({"target": "cpu", "context": "2048"}, "whole number"),
+        ({"target": "cpu", "batch": True}, "whole number"),
+        ({"target": 3}, "a text"),
+    ],
+)
+def test_refusals(values: dict[str, object], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize("content", [b"target = ", b"\xff\xfe", b"[a\n"])
+def test_a_file_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match="TOML"):
+        read_recipe(file)
+    with pytest.raises(UsageError, match="TOML"):
+        read_recipe(tmp_path / "missing.toml")
