@@ -1,0 +1,77 @@
+"""Bundles of a small trained model, sessions on them, and bundles that somebody changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeattn.runtime import Session
+
+STORY = "Once upon a time, there was a little girl named Lily."
+
+
+@pytest.fixture(scope="session")
+def story() -> str:
+    return STORY
+
+
+@pytest.fixture(scope="session")
+def export_stories(stories260k, tmp_path_factory) -> Callable[..., Path]:
+    """A function from a recipe's fields to a bundle of stories260k."""
+    pytest.importorskip("torch")
+    from edgeattn.pipeline import export
+    from edgeattn.recipe import Recipe
+
+    def make(**fields: Any) -> Path:
+        path = tmp_path_factory.mktemp("exported") / "bundle"
+        export(stories260k, Recipe(**{"target": "cpu", **fields}), path, verify=False)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(export_stories) -> Path:
+    """fp32, logits of every position."""
+    return export_stories()
+
+
+@pytest.fixture(scope="session")
+def stories(stories_bundle) -> Session:
+    return Session.open(stories_bundle, exact=True)
+
+
+@pytest.fixture(scope="session")
+def stories_hf(stories260k):
+    """The same model in transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(stories260k).eval()
+
+
+@pytest.fixture
+def changed_bundle(stories_bundle, tmp_path) -> Callable[..., Path]:
+    """A function that copies the bundle with other files and another lowering, hashes kept true."""
+
+    def change(files: dict[str, bytes | None] | None = None, **lowering: Any) -> Path:
+        path = tmp_path / "changed"
+        shutil.copytree(stories_bundle, path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, content in (files or {}).items():
+            if content is None:
+                (path / name).unlink()
+                del manifest["files"][name]
+            else:
+                (path / name).write_bytes(content)
+                digest = hashlib.sha256(content).hexdigest()
+                manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+        manifest["lowering"].update(lowering)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    return change
