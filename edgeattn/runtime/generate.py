@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgeattn.bundle.bundle import TOKENIZER
-from edgeattn.errors import RuntimeInputError, UsageError
+from edgeattn.errors import UsageError
+from edgeattn.runtime.prompt import check_token_ids, encode_prompt
 from edgeattn.runtime.sampling import Sampling
 from edgeattn.runtime.session import Session, State
 from edgeattn.runtime.text import TextStream
@@ -161,8 +162,8 @@ def stream(
             todo="give more",
         )
     sampling = Sampling(temperature, top_k, top_p, seed)
-    prompt_ids = _encode_prompt(session, prompt, chat=chat)
-    stops = frozenset((*session.eos_token_ids, *_token_ids(session, stop_tokens)))
+    prompt_ids = encode_prompt(session, prompt, chat=chat)
+    stops = frozenset((*session.eos_token_ids, *check_token_ids(session, stop_tokens)))
     return TokenStream(session, prompt_ids, sampling, max_new_tokens, stops)
 
 
@@ -259,52 +260,3 @@ class TokenStream(Iterator[Token]):
         for token in (*(Token(token_id, "") for token_id in before), Token(last, text)):
             self._given.append(token)
             yield token
-
-
-def _encode_prompt(session: Session, prompt: str | Sequence[int], *, chat: bool) -> list[int]:
-    if not isinstance(prompt, str):
-        if chat:
-            raise UsageError(
-                expected="a text to put through the chat template",
-                came="token ids came",
-                todo="pass a text, or leave chat out",
-            )
-        ids = _token_ids(session, prompt)
-    elif chat:
-        conversation = session.text.chat([{"role": "user", "content": prompt}])
-        # The template wrote the special tokens; the tokenizer would add its own once more.
-        ids = session.text.encode(conversation, add_special_tokens=False)
-    else:
-        ids = session.text.encode(prompt)
-    if not ids:
-        raise RuntimeInputError(
-            expected="a prompt of at least one token",
-            came="it is empty",
-            todo="pass a text (this tokenizer adds no token of beginning)",
-        )
-    if len(ids) > session.context:
-        raise RuntimeInputError(
-            expected=f"a prompt of at most {session.context} tokens, the context of the bundle",
-            came=f"it has {len(ids)}",
-            todo="shorten it, or export with a larger --context if the model knows one",
-        )
-    return ids
-
-
-def _token_ids(session: Session, values: Sequence[int]) -> list[int]:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise RuntimeInputError(
-            expected="token ids as one row of whole numbers",
-            came=f"an array of {array.dtype} of shape {list(array.shape)} came",
-            todo="pass a list of ids",
-        )
-    ids: list[int] = array.tolist()
-    for token_id in ids:
-        if not 0 <= token_id < session.vocab_size:
-            raise RuntimeInputError(
-                expected=f"token ids from 0 to {session.vocab_size - 1}",
-                came=f"there is {token_id}",
-                todo="use the bundle's own tokenizer",
-            )
-    return ids

@@ -127,7 +127,11 @@ class TextStream:
 
     def _piece(self) -> str:
         known = self._text.decode(self._known)
-        return self._text.decode([*self._known, *self._pending])[len(known) :]
+        whole = self._text.decode([*self._known, *self._pending])
+        if whole.startswith(known):
+            return whole[len(known) :]
+        # Byte tokens: an unfinished character spoils the whole ones right before it.
+        return self._text.decode(self._pending)
 
     def _release(self, piece: str) -> str:
         # Only special tokens gave no text; they need not become the context of the next.

@@ -68,7 +68,7 @@ def test_wrong_numbers_are_refused(stories, numbers, words):
 
 
 def test_windows_longer_than_the_context(stories):
-    with pytest.raises(RuntimeInputError, match="at most 512 tokens.*length is 513"):
+    with pytest.raises(RuntimeInputError, match=r"at most 512 tokens.*length is 513"):
         perplexity(stories, "text", length=513)
 
 

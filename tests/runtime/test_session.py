@@ -136,7 +136,7 @@ def test_unfit_states_are_refused(stories, stories_bundle):
     state = stories.run([ROW]).state
     with pytest.raises(RuntimeInputError, match="made by another one"):
         Session.open(stories_bundle).run([[1]], state)
-    with pytest.raises(RuntimeInputError, match="1 rows.*input_ids has 2"):
+    with pytest.raises(RuntimeInputError, match=r"1 rows.*input_ids has 2"):
         stories.run([[1], [2]], state)
     with pytest.raises(RuntimeInputError, match="would be 513"):
         stories.run(np.ones((1, 513 - len(ROW)), np.int64), state)
@@ -153,7 +153,7 @@ def test_nan_logits_are_refused(changed_bundle, stories_bundle):
     weights = bytearray((stories_bundle / "model.onnx.data").read_bytes())
     weights[:] = np.full(len(weights) // 4, np.nan, np.float32).tobytes()
     session = Session.open(changed_bundle({"model.onnx.data": bytes(weights)}))
-    with pytest.raises(RuntimeInputError, match="finite logits.*NaN"):
+    with pytest.raises(RuntimeInputError, match=r"finite logits.*NaN"):
         session.run([ROW])
 
 
@@ -166,7 +166,7 @@ def test_eos_ids(changed_bundle):
 def test_wrong_eos_ids_are_refused(changed_bundle, wrong):
     content = f'{{"eos_token_id": {wrong}}}'.encode()
     session = Session.open(changed_bundle({"generation_config.json": content}))
-    with pytest.raises(BundleError, match="eos_token_id in generation_config.json"):
+    with pytest.raises(BundleError, match=r"eos_token_id in generation_config\.json"):
         _ = session.eos_token_ids
 
 

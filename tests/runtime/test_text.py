@@ -210,5 +210,5 @@ def test_where_the_template_comes_from(changed_bundle, files, template):
 
 def test_a_template_that_is_no_utf8(changed_bundle):
     bundle = Bundle.open(changed_bundle({"chat_template.jinja": b"\xff"}))
-    with pytest.raises(BundleError, match="UTF-8 in .*chat_template.jinja"):
+    with pytest.raises(BundleError, match=r"UTF-8 in .*chat_template\.jinja"):
         Text.open(bundle)
