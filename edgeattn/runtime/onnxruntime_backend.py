@@ -190,11 +190,11 @@ def _onnxruntime() -> Any:
 
 def _cannot_load(bundle: Bundle, error: BundleError) -> BundleError:
     lowering, proven = bundle.manifest.lowering, bundle.manifest.tools.get("onnxruntime")
-    opset = f"opset {lowering['opset']}" if "opset" in lowering else "the graph's opset"
+    about = [f"opset {lowering['opset']}"] if "opset" in lowering else []
+    about += [f"proven with onnxruntime {proven}"] if proven else []
     needed = f">={proven}" if proven else ""
     return BundleError(
-        expected=f"an ONNX Runtime that knows {opset} of {bundle.path}"
-        + (f", proven with onnxruntime {proven}" if proven else ""),
+        expected=f"an ONNX Runtime that loads {bundle.path} ({', '.join(about) or 'unknown opset'})",
         came=error.came,
         todo=f"pip install --upgrade 'onnxruntime{needed}', "
         "or export for software with an older opset, as NAME@jetpack6.2",
