@@ -192,9 +192,10 @@ def _cannot_load(bundle: Bundle, error: BundleError) -> BundleError:
     lowering, proven = bundle.manifest.lowering, bundle.manifest.tools.get("onnxruntime")
     about = [f"opset {lowering['opset']}"] if "opset" in lowering else []
     about += [f"proven with onnxruntime {proven}"] if proven else []
+    known = f" ({', '.join(about)})" if about else ""
     needed = f">={proven}" if proven else ""
     return BundleError(
-        expected=f"an ONNX Runtime that loads {bundle.path} ({', '.join(about) or 'unknown opset'})",
+        expected=f"an ONNX Runtime that loads {bundle.path}{known}",
         came=error.came,
         todo=f"pip install --upgrade 'onnxruntime{needed}', "
         "or export for software with an older opset, as NAME@jetpack6.2",
