@@ -1,4 +1,4 @@
-"""edgeattn: from a transformer checkpoint to a proven bundle for PyTorch, ONNX Runtime and TensorRT.
+"""edgeattn: from a transformer checkpoint to a bundle proven in PyTorch, ONNX Runtime, TensorRT.
 
 Importing this package loads neither torch nor tensorrt nor onnxruntime.
 """

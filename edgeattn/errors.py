@@ -1,4 +1,4 @@
-"""The one exception family of edgeattn: each error says what was expected, what came and what to do."""
+"""The exception family of edgeattn: each error says what was expected, what came, what to do."""
 
 from __future__ import annotations
 

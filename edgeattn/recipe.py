@@ -1,4 +1,4 @@
-"""The frozen value that says what is asked for: from flags, from TOML, or read back from a manifest."""
+"""The frozen value that says what is asked for: from flags, from TOML, or from a manifest."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Recipe:
             raise UsageError(
                 expected="a target",
                 came="none was named",
-                todo="pass --target NAME or write target = \"NAME\" into the recipe",
+                todo='pass --target NAME or write target = "NAME" into the recipe',
             )
         return cls(**values)
 
@@ -99,7 +99,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(
             expected=f"a TOML recipe at {path}",
             came=f"it cannot be read ({error})",
-            todo="write lines like target = \"jetson-orin\"",
+            todo='write lines like target = "jetson-orin"',
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""`ModelShape`: the numbers that fix a decoder's architecture, known without loading a weight or torch."""
+"""`ModelShape`: the numbers that fix a decoder's architecture, known without weights or torch."""
 
 from __future__ import annotations
 

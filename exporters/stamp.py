@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgeattn.exporters.trace import Trace
 from edgeattn.exporters.weights import ROTARY, WeightBinder
-from edgeattn.models.families import EMBEDDING
+from edgeattn.models.families import EMBEDDING, LM_HEAD
 
 
 def stamp(trace: Trace, binder: WeightBinder) -> ir.Model:
@@ -98,7 +98,7 @@ class _Stamper:
                 values[node.outputs[0]] = self._matrix(name, transposed=True)
             elif node.op_type == "Transpose":
                 # The tied head shares the embedding's bytes, so it is transposed in the graph.
-                values[first] = self._matrix(name, transposed=False, prefix="lm_head.")
+                values[first] = self._matrix(name, transposed=False, use=LM_HEAD)
                 self._copy_node(node, values, prefix, kind)
                 del values[first]
             elif name == EMBEDDING and node.op_type == "Gather":
@@ -151,8 +151,8 @@ class _Stamper:
         name = value.name or ""
         return name if kind is None or name == ROTARY else name.replace(f"layers.{kind}.", prefix)
 
-    def _matrix(self, name: str, *, transposed: bool, prefix: str = "") -> ir.Value:
-        value, nodes = self.binder.matrix(name, transposed=transposed, prefix=prefix)
+    def _matrix(self, name: str, *, transposed: bool, use: str = "") -> ir.Value:
+        value, nodes = self.binder.matrix(name, transposed=transposed, use=use)
         self.nodes += nodes
         return value
 

@@ -30,7 +30,7 @@ IR_DTYPES = {
 # Offsets a runtime can map without copying.
 _PAGE = 4096
 
-Part = Literal["float", "qdata", "scale"]
+Part = Literal["float", "qdata", "scale", "zero_point"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StoredTensor:
     Attributes:
         value: its value in the graph.
         parameter: the decoder parameter it comes from.
-        part: the floating-point weight, or the integers or scales of a quantised one.
+        part: the floating-point weight, or the integers, scales or zero points of a quantised one.
         transposed: stored as [inputs, outputs], the operand order of MatMul.
     """
 
@@ -76,13 +76,17 @@ class WeightBinder:
             return self._store(name, name, "float", ir.DataType.FLOAT, size, transposed=False)
         return self._store(name, name, "float", self._dtype, self._shapes[name], transposed=False)
 
-    def matrix(self, name: str, *, transposed: bool, prefix: str) -> tuple[ir.Value, list[ir.Node]]:
+    def matrix(
+        self, name: str, *, transposed: bool, use: str = ""
+    ) -> tuple[ir.Value, list[ir.Node]]:
         """A weight matrix as a floating-point value, and the nodes that dequantise it.
 
         Args:
             name: the parameter, [outputs, inputs] in the decoder.
             transposed: give it as [inputs, outputs].
-            prefix: makes the names of the nodes unique.
+            use: names the initialisers of a second use of a quantised parameter. Both uses share
+                their bytes in the file; ONNX Runtime fuses DequantizeLinear and MatMul only where
+                no other node reads the initialisers.
         """
         outputs, inputs = self._shapes[name]
         format = self.model.weights.format(name)
@@ -90,8 +94,8 @@ class WeightBinder:
             size = (inputs, outputs) if transposed else (outputs, inputs)
             value = self._store(name, name, "float", self._dtype, size, transposed=transposed)
             return value, []
-        qdata, scale = self._quantized(name, format, transposed=transposed)
-        node = _dequantize(prefix + name, qdata, scale, format, output_axis=int(transposed))
+        parts = self._quantized(name, format, transposed=transposed, key=use or name)
+        node = _dequantize(f"{use or name}_dequantized", parts, format, int(transposed))
         node.outputs[0].type = ir.TensorType(self._dtype)
         return node.outputs[0], [node]
 
@@ -99,14 +103,14 @@ class WeightBinder:
         """Nodes that give rows `indices` of a table as floating point, named `output_name`."""
         format = self.model.weights.format(name)
         if format is None or self.lowering.embedding == "dequantize-gather":
-            table, nodes = self.matrix(name, transposed=False, prefix="embedding.")
+            table, nodes = self.matrix(name, transposed=False)
             return [*nodes, _node("Gather", [table, indices], output_name, axis=0)]
         return self._gather_dequantize(name, format, indices, output_name)
 
     def _gather_dequantize(
         self, name: str, format: WeightFormat, indices: ir.Value, output_name: str
     ) -> list[ir.Node]:
-        qdata, scale = self._quantized(name, format, transposed=False)
+        qdata, scale, *_ = self._quantized(name, format, transposed=False, key=name)
         rows = _node("Gather", [qdata, indices], "embedding.qdata", axis=0)
         scales = _node("Gather", [scale, indices], "embedding.scale", axis=0)
         last = _constant("embedding.last_axis", np.array([-1], dtype=np.int64))
@@ -116,21 +120,30 @@ class WeightBinder:
         return [rows, scales, last, column, floats, product]
 
     def _quantized(
-        self, name: str, format: WeightFormat, *, transposed: bool
-    ) -> tuple[ir.Value, ir.Value]:
+        self, name: str, format: WeightFormat, *, transposed: bool, key: str
+    ) -> list[ir.Value]:
+        """Integers, scales and, at 8 bits, zero points of a parameter.
+
+        The zero points are zeros; ONNX Runtime 1.23 takes int8 for uint8 without them.
+        """
         outputs, inputs = self._shapes[name]
         integer = ir.DataType.INT4 if format.bits == 4 else ir.DataType.INT8
         size = (inputs, outputs) if transposed else (outputs, inputs)
-        qdata = self._store(name, name, "qdata", integer, size, transposed=transposed)
         if format.group_size is None:
             scales: tuple[int, ...] = (outputs,)
         else:
             groups = inputs // format.group_size
             scales = (groups, outputs) if transposed else (outputs, groups)
-        scale = self._store(
-            f"{name}_scale", name, "scale", self._dtype, scales, transposed=transposed
-        )
-        return qdata, scale
+        parts: list[tuple[str, Part, ir.DataType, tuple[int, ...]]] = [
+            (key, "qdata", integer, size),
+            (f"{key}_scale", "scale", self._dtype, scales),
+        ]
+        if format.bits == 8:
+            parts.append((f"{key}_zero_point", "zero_point", integer, scales))
+        return [
+            self._store(part_key, name, part, dtype, shape, transposed=transposed)
+            for part_key, part, dtype, shape in parts
+        ]
 
     def _store(
         self,
@@ -151,16 +164,12 @@ class WeightBinder:
 
 
 def _dequantize(
-    name: str, qdata: ir.Value, scale: ir.Value, format: WeightFormat, *, output_axis: int
+    output: str, parts: list[ir.Value], format: WeightFormat, output_axis: int
 ) -> ir.Node:
     if format.group_size is None:
-        return _node("DequantizeLinear", [qdata, scale], f"{name}_dequantized", axis=output_axis)
+        return _node("DequantizeLinear", parts, output, axis=output_axis)
     return _node(
-        "DequantizeLinear",
-        [qdata, scale],
-        f"{name}_dequantized",
-        axis=1 - output_axis,
-        block_size=format.group_size,
+        "DequantizeLinear", parts, output, axis=1 - output_axis, block_size=format.group_size
     )
 
 
@@ -192,14 +201,16 @@ def write_weights(
     with path.open("wb") as file:
         writer = _HashingWriter(file)
         for count, (parameter, parts) in enumerate(by_parameter.items(), start=1):
+            places: dict[tuple[Part, bool], tuple[int, int]] = {}
             for stored, data in _encode(binder, parameter, parts):
-                offset = writer.write_aligned(data)
+                layout = (stored.part, stored.transposed)
+                if layout not in places:
+                    places[layout] = (writer.write_aligned(data), data.nbytes)
                 assert stored.value.shape is not None
                 assert stored.value.dtype is not None
                 stored.value.const_value = ir.ExternalTensor(
                     path.name,
-                    offset,
-                    data.nbytes,
+                    *places[layout],
                     stored.value.dtype,
                     shape=stored.value.shape,
                     name=stored.value.name or "",
@@ -223,9 +234,7 @@ def _encode(
     value = binder.model.weights.read(parameter)
     for stored in parts:
         if isinstance(value, QuantizedTensor):
-            tensor = value.qdata if stored.part == "qdata" else value.scale
-            if stored.part == "scale" and value.format.group_size is None:
-                tensor = tensor.reshape(-1)
+            tensor = _part(value, stored.part)
         else:
             tensor = rounded(parameter, value, dtype)
         if stored.transposed and tensor.dim() == 2:
@@ -233,6 +242,13 @@ def _encode(
         if stored.value.dtype == ir.DataType.INT4:
             tensor = pack_int4(tensor)
         yield stored, _bytes(tensor)
+
+
+def _part(value: QuantizedTensor, part: Part) -> Tensor:
+    if part == "qdata":
+        return value.qdata
+    scale = value.scale if value.format.group_size else value.scale.reshape(-1)
+    return scale if part == "scale" else torch.zeros_like(scale, dtype=torch.int8)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
