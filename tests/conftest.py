@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,22 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
 )
+
+TINY_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 272,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,136 @@ def stories260k(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from config keys to a random 3-layer checkpoint in the Hugging Face layout.
+
+    The same keys give the same folder: copy it before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(dtype: str = "float32", **config: Any) -> Path:
+        key = json.dumps([dtype, config], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoint") / "tiny"
+            _write_checkpoint(made[key], {**TINY_CONFIG, **config}, dtype)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(random_checkpoint: Callable[..., Path]) -> Path:
+    """A random 3-layer Llama with tied embeddings and a byte-level tokenizer."""
+    return random_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(export_tiny: Callable[..., Path]) -> Path:
+    """A proven bundle whose opset the oldest ONNX Runtime we promise can run."""
+    return export_tiny("jetson-orin@jetpack6.2", "w8-rtn")
+
+
+@pytest.fixture(scope="session")
+def export_tiny(
+    random_checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_traces: None,
+) -> Callable[..., Path]:
+    """A function from target, scheme and recipe fields to a proven bundle of a tiny model.
+
+    TensorRT has no say in it. The same arguments give the same folder: copy it before changing it.
+    """
+    pytest.importorskip("torch")
+    from edgeattn.pipeline import export
+    from edgeattn.recipe import Recipe
+
+    made: dict[str, Path] = {}
+
+    def make(
+        target: str = "cpu",
+        quant: str = "none",
+        *,
+        model: Path | None = None,
+        verify: bool = True,
+        **fields: Any,
+    ) -> Path:
+        key = repr([target, quant, model, verify, sorted(fields.items())])
+        if key not in made:
+            path = tmp_path_factory.mktemp("exported") / "bundle"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("edgeattn.verify.verify.check_tensorrt", lambda *a, **k: None)
+                recipe = Recipe(target, quant=quant, **fields)
+                export(model or random_checkpoint(), recipe, path, verify=verify)
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_traces() -> Iterator[None]:
+    """Lets all exports of this process share the traces of equal blocks; tracing takes seconds."""
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    from edgeattn.exporters import export as module
+
+    trace, made = module.trace_decoder, {}
+
+    def traced(shape: Any, lowering: Any, *, num_layers: int = 1) -> Any:
+        spelling = (lowering.opset, lowering.dtype, lowering.attention, lowering.logits)
+        key = (replace(shape, num_layers=num_layers), *spelling)
+        if key not in made:
+            made[key] = trace(shape, lowering, num_layers=num_layers)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "trace_decoder", traced)
+        yield
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies a bundle with other files, the manifest's hashes kept true.
+
+    It takes a bundle, {name: new content, or None to remove} and manifest fields to replace.
+    """
+
+    def change(bundle: Path, files: dict[str, bytes | None] | None = None, **fields: Any) -> Path:
+        path = tmp_path / f"changed-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(bundle, path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, content in (files or {}).items():
+            if content is None:
+                (path / name).unlink()
+                del manifest["files"][name]
+            else:
+                (path / name).write_bytes(content)
+                digest = hashlib.sha256(content).hexdigest()
+                manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+        manifest.update(fields)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    return change
+
+
+@pytest.fixture
+def edgeattn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the command line in this process: a function of its arguments and standard input."""
+    from click.testing import CliRunner
+
+    from edgeattn.cli import main
+
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Any:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["edgeattn", *words])
+        return CliRunner().invoke(main, words, input=stdin)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def build_distribution() -> Callable[..., None]:
     """The build front end as a function of a tree, an output folder and options."""
     return _build
@@ -122,6 +271,52 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     (sdist,) = (root / "dist").glob("*.tar.gz")
     (wheel,) = (root / "dist").glob("*.whl")
     return Distributions(tree, sdist, wheel)
+
+
+def _write_checkpoint(path: Path, config: dict[str, Any], dtype: str) -> None:
+    """A checkpoint with random weights of a size that keeps activations near 1."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from edgeattn.models.families import parameter_names, shape_from_config
+
+    rng, tensors = np.random.default_rng(0), {}
+    for name, size in parameter_names(shape_from_config(config)).items():
+        noise = rng.standard_normal(size)
+        if name.endswith("norm.weight"):
+            value = 1 + 0.1 * noise
+        else:
+            value = noise * (0.1 if name.endswith(".bias") else size[-1] ** -0.5)
+        stored = name if name == "lm_head.weight" else f"model.{name}"
+        tensors[stored] = value.astype(dtype)
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text(json.dumps(_byte_tokenizer()))
+
+
+def _byte_tokenizer() -> dict[str, Any]:
+    """A byte-level BPE without merges, made by hand so that no version trains another one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    vocabulary = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
 
 
 def _build(tree: Path, out: Path, *options: str) -> None:

@@ -149,6 +149,6 @@ def test_export_says_which_extra_it_needs(light, tmp_path):
     """Before it looks at the model, and with the brackets that markup would swallow."""
     done = light.run("edgeattn", "export", tmp_path, "--target", "cpu", "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "edgeattn[export]" in done.stderr
+    assert "edgeattn[export,ort]" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ def story() -> str:
 
 
 @pytest.fixture(scope="session")
-def export_stories(stories260k, tmp_path_factory) -> Callable[..., Path]:
+def export_stories(stories260k, tmp_path_factory, shared_traces) -> Callable[..., Path]:
     """A function from a recipe's fields to a bundle of stories260k."""
     pytest.importorskip("torch")
     from edgeattn.pipeline import export
@@ -55,23 +53,11 @@ def stories_hf(stories260k):
 
 
 @pytest.fixture
-def changed_bundle(stories_bundle, tmp_path) -> Callable[..., Path]:
+def changed_bundle(changed, stories_bundle) -> Callable[..., Path]:
     """A function that copies the bundle with other files and another lowering, hashes kept true."""
+    manifest = json.loads((stories_bundle / "manifest.json").read_text())
 
     def change(files: dict[str, bytes | None] | None = None, **lowering: Any) -> Path:
-        path = tmp_path / "changed"
-        shutil.copytree(stories_bundle, path)
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, content in (files or {}).items():
-            if content is None:
-                (path / name).unlink()
-                del manifest["files"][name]
-            else:
-                (path / name).write_bytes(content)
-                digest = hashlib.sha256(content).hexdigest()
-                manifest["files"][name] = {"bytes": len(content), "sha256": digest}
-        manifest["lowering"].update(lowering)
-        (path / "manifest.json").write_text(json.dumps(manifest))
-        return path
+        return changed(stories_bundle, files, lowering={**manifest["lowering"], **lowering})
 
     return change

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from click.testing import CliRunner
 
-from edgeattn.cli import main
 from edgeattn.runtime import generate, perplexity
-
-
-@pytest.fixture
-def edgeattn(monkeypatch):
-    """Runs the command line: a function of its arguments and standard input."""
-
-    def run(*arguments, stdin=None):
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["edgeattn", *words])
-        return CliRunner().invoke(main, words, input=stdin)
-
-    return run
 
 
 @pytest.fixture
