@@ -159,9 +159,10 @@ class Stack(Sourced):
 class GraphRules(Sourced):
     """The ONNX dialect this software reads.
 
-    `operators` chooses standard ONNX 23 Attention, RMSNormalization and RotaryEmbedding or
-    primitive ops. `strip_functions`: the parser prefers a function body over a plugin of the same
-    name, so the builder must remove the bodies.
+    `operators` chooses standard ONNX 23 Attention and RMSNormalization or primitive ops; outside
+    `min_head_dim` to `max_head_dim` Attention has no kernel and is spelled out.
+    `strip_functions`: the parser prefers a function body over a plugin of the same name, so the
+    builder must remove the bodies.
     """
 
     opset: Annotated[int, Field(ge=18, le=28)]
@@ -171,6 +172,7 @@ class GraphRules(Sourced):
     kv_cache: Literal["concat"]
     dtypes: OneOrMore[Dtype]
     int4_group_sizes: OneOrMore[Count]
+    min_head_dim: Count | None = None
     max_head_dim: Count | None = None
 
 

@@ -18,7 +18,7 @@ from edgeattn.bundle.manifest import SCHEMA_VERSION, Manifest, TargetRecord, Ver
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.errors import BundleError, EdgeattnError, MissingDependencyError
-from edgeattn.planner.lowering import Lowering, check_shape, plan_lowering
+from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _export(
     clock = _Clock(progress)
     clock.start("reading the checkpoint")
     checkpoint = open_checkpoint(path)
-    check_shape(lowering, checkpoint.shape)
+    lowering = fit_lowering(lowering, checkpoint.shape, target)
     model = _transform(checkpoint, lowering)
     clock.start("writing the graph")
     graph = export_graph(
@@ -167,11 +167,12 @@ def verify_bundle(
         BundleError: the bundle is damaged, or has no golden vectors and no checkpoint was given.
     """
     from edgeattn.bundle.bundle import Bundle
+    from edgeattn.bundle.graph import read_graph
     from edgeattn.verify.verify import Verification, check_onnxruntime, check_tensorrt
 
     bundle = Bundle.open(path)
-    recipe = Recipe.from_dict(bundle.manifest.recipe)
-    lowering = plan_lowering(recipe, parse_target(recipe.target))
+    read_graph(bundle)
+    lowering = Lowering.from_dict(bundle.manifest.lowering)
     golden = _golden_of(bundle, lowering, checkpoint, progress)
     agreement = check_onnxruntime(
         bundle.model_file,

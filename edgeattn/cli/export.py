@@ -72,12 +72,12 @@ def command(
 def _show_plan(model: Path, recipe: Recipe, as_json: bool) -> None:
     from edgeattn.devices.registry import parse_target
     from edgeattn.models.checkpoint import read_shape
-    from edgeattn.planner.lowering import check_shape, plan_lowering
+    from edgeattn.planner.lowering import fit_lowering, plan_lowering
     from edgeattn.planner.memory import weight_bytes
 
-    lowering = plan_lowering(recipe, parse_target(recipe.target))
+    target = parse_target(recipe.target)
     shape = read_shape(model)
-    check_shape(lowering, shape)
+    lowering = fit_lowering(plan_lowering(recipe, target), shape, target)
     size = weight_bytes(shape, lowering)
     plan = {"lowering": lowering.to_dict(), "weight_bytes": size}
     if as_json:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edgeattn.devices.registry import Target
-from edgeattn.errors import LoweringError
-from edgeattn.quant.scheme import Scheme
+from edgeattn.errors import BundleError, LoweringError, UsageError
+from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 
@@ -51,6 +52,22 @@ class Lowering:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the manifest and `--dry-run`."""
         return {**asdict(self), "scheme": self.scheme.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Lowering:
+        """The inverse of `to_dict`: a bundle is judged by what was decided when it was made.
+
+        Raises:
+            BundleError: fields are missing or unknown.
+        """
+        try:
+            return cls(**{**values, "scheme": parse_scheme(values["scheme"]["label"])})
+        except (TypeError, KeyError, UsageError) as error:
+            raise BundleError(
+                expected="the lowering in the bundle's manifest",
+                came=f"it does not fit this edgeattn ({error})",
+                todo="export the bundle again",
+            ) from error
 
 
 def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
@@ -102,8 +119,8 @@ def _check_weights(scheme: Scheme, target: Target) -> None:
         raise _refused(target, f"a group of {allowed}", f"scheme {scheme.label} uses {group}")
 
 
-def check_shape(lowering: Lowering, shape: ModelShape) -> None:
-    """Refuses a model that the lowering cannot carry.
+def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lowering:
+    """The lowering for one model: refused, or with what depends on the model's shape settled.
 
     Raises:
         LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
@@ -124,6 +141,11 @@ def check_shape(lowering: Lowering, shape: ModelShape) -> None:
             came=f"--context is {lowering.context}",
             todo="ask for less",
         )
+    graph = target.software.graph
+    low, high = graph.min_head_dim or 1, graph.max_head_dim or shape.head_dim
+    # Outside the widths TensorRT has kernels for, its builder takes the primitive spelling only.
+    attention = lowering.attention if low <= shape.head_dim <= high else "primitive"
+    return replace(lowering, attention=attention)
 
 
 def _refused(target: Target, expected: str, came: str) -> LoweringError:

@@ -45,7 +45,7 @@ class Scheme:
         name: as on the command line.
         linear: format of the block's linear layers; None keeps them in the target's dtype.
         embedding: format of the embedding and the LM head.
-        clip: "mse" chooses each scale by least squared error, "max" by the largest weight.
+        clip: "mse" chooses each scale by least error (`quant.affine`), "max" by the largest weight.
         options: the names a user may set with `--quant NAME:key=value`.
     """
 

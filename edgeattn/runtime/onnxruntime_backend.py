@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.bundle.bundle import Bundle
+from edgeattn.bundle.graph import read_graph
 from edgeattn.errors import (
     BundleError,
     MissingDependencyError,
@@ -82,6 +83,7 @@ class OnnxRuntimeBackend:
     """A bundle's decoder in ONNX Runtime; the cache stays in ONNX Runtime's own tensors."""
 
     def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, exact: bool) -> None:
+        _check_graph(bundle)
         try:
             self._session = open_onnxruntime(
                 bundle.model_file, threads=threads, exact=exact, provider=provider
@@ -186,6 +188,17 @@ def _onnxruntime() -> Any:
             todo="pip install edgeattn[ort], or edgeattn[gpu] for a machine with an NVIDIA GPU",
         ) from error
     return onnxruntime
+
+
+def _check_graph(bundle: Bundle) -> None:
+    """Refuses what would load and misbehave, or fail with an unhelpful message."""
+    read_graph(bundle)
+    if bundle.manifest.lowering.get("dtype") == "bf16":
+        raise BundleError(
+            expected="a bundle in fp32 or fp16 to run on a CPU",
+            came=f"{bundle.path} computes in bf16, which ONNX Runtime's CPU kernels do not",
+            todo="export it with --dtype fp16, or run it on its own device",
+        )
 
 
 def _cannot_load(bundle: Bundle, error: BundleError) -> BundleError:

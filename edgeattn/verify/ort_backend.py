@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,21 +12,29 @@ from numpy.typing import NDArray
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 from edgeattn.verify.cases import StepInputs
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 
 class OrtBackend:
     """Runs the ONNX file exactly (no int8 activations), on the CPU.
 
+    ONNX Runtime's CPU has no bf16 kernels: a bf16 graph is widened in memory, its weights cast to
+    fp32 as they are read. That proves the graph and the stored weights, not bf16 arithmetic, and
+    the backend's name says so.
+
     Args:
         model: model.onnx; its weights lie beside it.
-        hidden: also give the residual stream after each layer; the graph is then read into memory
-            and these values made outputs, the file stays as it is.
+        dtype: of the bundle.
+        hidden: also give the residual stream after each layer as outputs. The file stays as it is.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, model: Path, *, hidden: bool = False) -> None:
-        source = with_hidden_outputs(model) if hidden else model
-        self._session = open_onnxruntime(source, weights_dir=model.parent, threads=None, exact=True)
+    def __init__(self, model: Path, *, dtype: str, hidden: bool = False) -> None:
+        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if dtype == "bf16" else "")
+        source: Path | bytes = model
+        if hidden or dtype == "bf16":
+            source = _rewritten(model, hidden=hidden, widen=dtype == "bf16")
+        self._session = open_onnxruntime(source, weights_dir=model.parent, exact=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {
             i.name: i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")
@@ -55,17 +64,48 @@ class OrtBackend:
         return value.astype(np.float32)
 
 
-def with_hidden_outputs(model: Path) -> bytes:
-    """The graph of `model` with every "hidden.N" value as an output, weights still external."""
+def _rewritten(model: Path, *, hidden: bool, widen: bool) -> bytes:
+    """The graph of `model`, its weights still external, with the changes asked for."""
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
+    if hidden:
+        _add_hidden_outputs(proto)
+    if widen:
+        _widen(proto)
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def _add_hidden_outputs(proto: ModelProto) -> None:
+    import onnx
+
     known = {output.name for output in proto.graph.output}
     kind = next(o for o in proto.graph.output if o.name == "logits").type.tensor_type.elem_type
     for node in proto.graph.node:
         for name in node.output:
             if name.startswith("hidden.") and name not in known:
-                value = onnx.helper.make_tensor_value_info(name, kind, None)
-                proto.graph.output.append(value)
-    serialized: bytes = proto.SerializeToString()
-    return serialized
+                proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+
+
+def _widen(proto: ModelProto) -> None:
+    """Makes every bf16 value fp32, bf16 initialisers through a Cast."""
+    import onnx
+
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    casts = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == narrow:
+            name, tensor.name = tensor.name, f"{tensor.name}.bf16"
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=wide))
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    del proto.graph.value_info[:]
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)

@@ -1,4 +1,4 @@
-"""The torch model of a recipe, run layer by layer: the reference, and plain low precision beside it.
+"""The torch model of a recipe run layer by layer: the reference, and plain low precision.
 
 The inputs of every step are known beforehand (decoding is teacher-forced), so a layer can run all
 steps of all cases before the next one is loaded. Memory is about one layer, whatever the depth, and

@@ -109,13 +109,13 @@ def check_onnxruntime(
     name the first bad layer.
     """
     stage = _staged(progress, "ONNX Runtime")
-    found = drive(OrtBackend(model_file), golden.cases, stage)
-    agreement = compare(OrtBackend.name, found, golden, lowering)
+    backend = OrtBackend(model_file, dtype=lowering.dtype)
+    agreement = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     if agreement.passed:
         return agreement
     stage = _staged(progress, "ONNX Runtime, layer by layer")
-    found = drive(OrtBackend(model_file, hidden=True), golden.cases, stage)
-    detailed = compare(OrtBackend.name, found, golden, lowering)
+    backend = OrtBackend(model_file, dtype=lowering.dtype, hidden=True)
+    detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
 
 

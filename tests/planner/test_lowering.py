@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 
-from edgeattn.devices.registry import all_targets, parse_target
+from edgeattn.devices.registry import Target, all_targets, parse_target
 from edgeattn.errors import LoweringError
-from edgeattn.planner.lowering import Lowering, check_shape, plan_lowering
+from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.planner.memory import weight_bytes
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import DTYPES, Recipe
 from edgeattn.shape import ModelShape
 
-SMOLLM2 = ModelShape(
-    "llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, tied_embeddings=True
-)
+SMOLLM2 = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, tied_embeddings=True)
 QUANTS = [*SCHEMES, "w4-rtn:group=32", "w4-rtn:group=128"]
 
 
@@ -24,13 +24,22 @@ def plan(target: str, quant: str = "none", dtype: str | None = None) -> Lowering
     return plan_lowering(Recipe(target, quant, dtype), parse_target(target))
 
 
+def fit(shape: ModelShape, target: str, quant: str) -> Lowering:
+    return fit_lowering(plan(target, quant), shape, parse_target(target))
+
+
+def lowered_or_reason(recipe: Recipe, target: Target) -> Lowering | str:
+    try:
+        return plan_lowering(recipe, target)
+    except LoweringError as error:
+        return str(error)
+
+
 def test_every_combination_is_lowered_or_refused_with_a_reason() -> None:
     for target, quant, dtype in itertools.product(all_targets(), QUANTS, [None, *DTYPES]):
-        recipe = Recipe(target.name, quant, dtype)
-        try:
-            lowering = plan_lowering(recipe, target)
-        except LoweringError as error:
-            assert target.name in str(error)
+        lowering = lowered_or_reason(Recipe(target.name, quant, dtype), target)
+        if isinstance(lowering, str):
+            assert target.name in lowering
             continue
         assert lowering.opset <= 23
         assert (lowering.rtx_sm is None) == (target.flavour == "onnxruntime")
@@ -72,16 +81,37 @@ def test_refusal_table(target: str, quant: str, dtype: str | None, reason: str) 
 
 def test_a_group_that_does_not_divide_is_refused_by_layer() -> None:
     narrow = ModelShape("llama", 2, 96, 4, 4, 24, 172, 100, 512, 1e-5, 1e4)
-    with pytest.raises(LoweringError, match="96 inputs of self_attn.q_proj"):
-        check_shape(plan("cpu", "w4-rtn"), narrow)
-    with pytest.raises(LoweringError, match="172 inputs of mlp.down_proj"):
-        check_shape(plan("cpu", "w4-rtn:group=32"), narrow)
+    with pytest.raises(LoweringError, match=r"96 inputs of self_attn\.q_proj"):
+        fit(narrow, "cpu", "w4-rtn")
+    with pytest.raises(LoweringError, match=r"172 inputs of mlp\.down_proj"):
+        fit(narrow, "cpu", "w4-rtn:group=32")
 
 
 def test_a_context_beyond_the_checkpoint_is_refused() -> None:
-    lowering = plan_lowering(Recipe("cpu", context=9000), parse_target("cpu"))
+    target = parse_target("cpu")
+    lowering = plan_lowering(Recipe("cpu", context=9000), target)
     with pytest.raises(LoweringError, match="at most 8192"):
-        check_shape(lowering, SMOLLM2)
+        fit_lowering(lowering, SMOLLM2, target)
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "form"),
+    [
+        ("l4", 64, "standard"),
+        ("l4", 8, "primitive"),
+        ("l4", 320, "primitive"),
+        ("cpu", 8, "standard"),
+    ],
+)
+def test_attention_without_a_tensorrt_kernel_is_spelled_out(
+    target: str, head_dim: int, form: str
+) -> None:
+    assert fit(replace(SMOLLM2, head_dim=head_dim), target, "none").attention == form
+
+
+def test_a_lowering_survives_the_manifest() -> None:
+    lowering = plan("l4", "w4-rtn:group=128")
+    assert Lowering.from_dict(json.loads(json.dumps(lowering.to_dict()))) == lowering
 
 
 def test_parameters_and_bytes_of_a_known_model() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeattn.quant.affine import choose_scale, quantize_symmetric
+from edgeattn.quant.affine import quantize_symmetric
 from edgeattn.quant.scheme import WeightFormat
 
 INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4, group_size=32)
@@ -27,28 +29,30 @@ def test_max_scaling_errs_at_most_half_a_step(weight: torch.Tensor, format: Weig
     assert quantized.qdata.max() <= format.high
 
 
+def squared_error(weight: torch.Tensor, clip: Literal["mse", "max"]) -> float:
+    quantized = quantize_symmetric(weight, INT4, clip=clip)
+    return float((quantized.dequantize() - weight).square().sum())
+
+
 @given(weight=weights)
-def test_mse_clip_never_loses_to_max_scaling(weight: torch.Tensor) -> None:
-    def error(clip: str) -> torch.Tensor:
-        quantized = quantize_symmetric(weight, INT4, clip=clip)  # type: ignore[arg-type]
-        return (quantized.dequantize() - weight).view(-1, 32).square().sum(1)
-
-    assert (error("mse") <= error("max") * 1.0001).all()
+def test_clipping_beats_max_scaling(weight: torch.Tensor) -> None:
+    assert squared_error(weight, "mse") < squared_error(weight, "max")
 
 
-def test_mse_clip_finds_the_best_of_a_fine_grid() -> None:
-    """A brute-force search over 1,000 scales is at most 2 % better."""
-    groups = torch.randn(64, 32)
+def test_clipping_is_near_the_best_of_a_fine_grid() -> None:
+    """A brute-force search by squared error over 1,000 scales is at most 5 % better.
+
+    Not equal: the search ends with the 2.4-norm.
+    """
+    groups = torch.randn(640, 32)
     largest = groups.abs().amax(1, keepdim=True) / 7
-    best = torch.full((64, 1), torch.inf)
+    best = torch.full((640, 1), torch.inf)
     for fraction in torch.linspace(0.3, 1.1, 1000):
         scale = largest * fraction
         q = (groups / scale).round().clamp(-8, 7)
         best = torch.minimum(best, (q * scale - groups).square().sum(1, keepdim=True))
-    scale = choose_scale(groups, INT4, clip="mse")
-    q = (groups / scale).round().clamp(-8, 7)
-    found = (q * scale - groups).square().sum(1, keepdim=True)
-    assert found.sum() <= 1.02 * best.sum()
+    assert squared_error(groups, "mse") <= 1.05 * best.sum()
+    assert squared_error(groups, "max") > 1.2 * best.sum()
 
 
 def test_integers_fit_the_scale_that_is_stored() -> None:

