@@ -131,11 +131,16 @@ class _Walk:
         matrix = self._weight(EMBEDDING if self.shape.tied_embeddings else LM_HEAD)
         for run in runs:
             norm.to(run.dtype)
-            for case, hidden in zip(self.cases, run.hidden, strict=True):
-                for i, step in enumerate(case.steps):
-                    rows = norm(_last_or_all(hidden[i], step, self.lowering.logits))
-                    pieces = [rows @ part.to(run.dtype).T for part in matrix.split(_HEAD_ROWS)]
-                    run.found[f"{case.name}.{i}.logits"] = _numpy(torch.cat(pieces, dim=-1))
+            rows = {
+                f"{case.name}.{i}.logits": _last_or_all(hidden[i], step, self.lowering.logits)
+                for case, hidden in zip(self.cases, run.hidden, strict=True)
+                for i, step in enumerate(case.steps)
+            }
+            logits = _multiply(norm(torch.cat(list(rows.values()))), matrix)
+            begin = 0
+            for name, places in rows.items():
+                run.found[name] = _numpy(logits[begin : begin + len(places)])
+                begin += len(places)
 
     def _record_hidden(self, run: _Run, index: int) -> None:
         for case, hidden in zip(self.cases, run.hidden, strict=True):
@@ -149,6 +154,15 @@ def _last_or_all(hidden: Tensor, step: StepInputs, logits: str) -> Tensor:
     """Residual stream of the places whose logits the graph gives and that are no padding."""
     mask = torch.from_numpy(step.new_mask)
     return hidden[mask] if logits == "all" else hidden[mask[:, -1], -1]
+
+
+def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times the transposed head `[vocab, hidden]`, a few rows of the head at a time."""
+    pieces = []
+    for begin in range(0, matrix.shape[0], _HEAD_ROWS):
+        part = matrix[begin : begin + _HEAD_ROWS].to(rows.dtype)
+        pieces.append(rows @ part.T)
+    return torch.cat(pieces, dim=-1)
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float32]:
