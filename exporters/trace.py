@@ -130,9 +130,25 @@ def _finish(model: ir.Model, names: _Names) -> None:
         if value.name.startswith("decoder."):
             value.const_value = None
             value.name = value.name.removeprefix("decoder.")
+    _read_sizes_from_ids(model.graph)
     optimizer.optimize_ir(model)
     _name_dimensions(model.graph, names)
     _drop_trace_metadata(model)
+
+
+def _read_sizes_from_ids(graph: ir.Graph) -> None:
+    """Lets batch size and length be read from input_ids.
+
+    torch reads a size from any input that has it, from some layer's cache in a trace of several.
+    """
+    ids = next(v for v in graph.inputs if v.name == "input_ids")
+    for node in graph:
+        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+            continue
+        source, start = node.inputs[0], node.attributes.get_int("start", 0)
+        one_size = node.attributes.get_int("end", 0) == start + 1
+        if one_size and (start == 0 or source.name == "position_ids"):
+            node.replace_input_with(0, ids)
 
 
 def _name_dimensions(graph: ir.Graph, names: _Names) -> None:
