@@ -1,0 +1,245 @@
+"""One traced block stamped three times equals the trace of all three: as graphs and as numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from edgeattn.devices.registry import parse_target
+from edgeattn.exporters.stamp import stamp
+from edgeattn.exporters.trace import Trace, trace_decoder
+from edgeattn.exporters.weights import WeightBinder, write_weights
+from edgeattn.models.attention import inverse_frequencies
+from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.models.decoder import Decoder
+from edgeattn.models.model import load_decoder, model_of
+from edgeattn.planner.lowering import Lowering, plan_lowering
+from edgeattn.recipe import Recipe
+from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
+from edgeattn.transforms.quantize import quantize
+from edgeattn.verify.tolerance import relative_error
+
+# One family and one spelling of attention each, so that every pair of features is met once.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied-standard": ("cpu", {}),
+    "llama-untied-primitive": ("jetson-orin@jetpack6.2", {"tie_word_embeddings": False}),
+    "qwen2-standard": ("cpu", {"model_type": "qwen2", "tie_word_embeddings": False}),
+    "qwen3-primitive": ("jetson-orin@jetpack6.2", {"model_type": "qwen3"}),
+}
+TOLERANCE = 1e-5  # of the RMS, as between torch and ONNX Runtime in fp32
+
+
+class Pair:
+    """A tiny model with the trace of one of its blocks and of all three."""
+
+    def __init__(self, target: str, path: Path) -> None:
+        self.target = target
+        self.model = model_of(open_checkpoint(path))
+        self.one = trace_decoder(self.model.shape, self.lowering("none"))
+        self.whole = trace_decoder(self.model.shape, self.lowering("none"), num_layers=3)
+
+    def lowering(self, quant: str) -> Lowering:
+        recipe = Recipe(self.target, quant=quant, dtype="fp32")
+        return plan_lowering(recipe, parse_target(self.target))
+
+    def stamped(self, trace: Trace, quant: str) -> tuple[ir.Model, WeightBinder]:
+        lowering = self.lowering(quant)
+        model = quantize(self.model, lowering.scheme, scale_dtype=torch.float32)
+        binder = WeightBinder(model, lowering)
+        return stamp(trace, binder), binder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, random_checkpoint: Callable[..., Path]) -> Pair:
+    target, config = MODELS[request.param]
+    return Pair(target, random_checkpoint(**config))
+
+
+@pytest.mark.parametrize("quant", ["none", "w8-rtn", "w4-rtn"])
+def test_the_same_graph(pair: Pair, quant: str) -> None:
+    one, _ = pair.stamped(pair.one, quant)
+    whole, _ = pair.stamped(pair.whole, quant)
+    assert boundary(one.graph) == boundary(whole.graph)
+    assert wiring(one.graph) == wiring(whole.graph)
+
+
+def test_the_same_graph_as_the_trace_itself(pair: Pair) -> None:
+    """Without the stamper on the other side: weights transposed in the graph."""
+    one, binder = pair.stamped(pair.one, "none")
+    transposed = {key for key, stored in binder.stored.items() if stored.transposed}
+    raw = {
+        key: value for key, value in boundary(pair.whole.model.graph).items() if "hidden" not in key
+    }
+    assert boundary(one.graph) == raw
+    assert wiring(one.graph, transposed=transposed) == wiring(pair.whole.model.graph)
+
+
+def test_the_same_numbers(pair: Pair, tmp_path: Path) -> None:
+    """A left-padded batch, prefill and decode: stamped graph = whole trace = torch."""
+    stamped, binder = pair.stamped(pair.one, "none")
+    write_weights(binder, tmp_path / "weights")
+    ir.save(stamped, tmp_path / "stamped.onnx")
+    decoder = load_decoder(
+        pair.model,
+        weight_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        form=binder.lowering.attention,
+    )
+    with with_weights(pair.whole.model, decoder) as whole:
+        ir.save(whole, tmp_path / "whole.onnx")
+    expected = run_torch(decoder, *left_padded())
+    for name in "stamped.onnx", "whole.onnx":
+        found = run_onnx(tmp_path / name, *left_padded())
+        assert found.keys() >= expected.keys()
+        for key, value in expected.items():
+            assert relative_error(found[key], value) < TOLERANCE, f"{name} {key}"
+
+
+def test_left_padding_changes_nothing(pair: Pair, tmp_path: Path) -> None:
+    """The short row of a left-padded batch gives what it gives alone, from the cache too."""
+    stamped, binder = pair.stamped(pair.one, "none")
+    write_weights(binder, tmp_path / "weights")
+    ir.save(stamped, tmp_path / "stamped.onnx")
+    ids, mask = left_padded()
+    batch = run_onnx(tmp_path / "stamped.onnx", ids, mask)
+    alone = run_onnx(tmp_path / "stamped.onnx", ids[1:, PADDING:], mask[1:, PADDING:])
+    for step in range(STEPS + 1):
+        logits = batch[f"logits {step}"][1:]
+        logits = logits[:, PADDING:] if step == 0 else logits
+        assert relative_error(logits, alone[f"logits {step}"]) < TOLERANCE
+
+
+PADDING, STEPS = 3, 2
+
+
+def left_padded() -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of two rows, the second `PADDING` tokens shorter; the last `STEPS` decode."""
+    ids = np.random.default_rng(0).integers(0, 272, (2, 8 + STEPS), dtype=np.int64)
+    mask = np.ones_like(ids)
+    mask[1, :PADDING] = 0
+    return ids, mask
+
+
+def steps_of(ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Ids, mask and positions of a prefill and `STEPS` single tokens."""
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    end, total = ids.shape[1] - STEPS, ids.shape[1]
+    for new, seen in ((slice(0, end), end), *((slice(i, i + 1), i + 1) for i in range(end, total))):
+        yield ids[:, new], mask[:, :seen], positions[:, new]
+
+
+def run_torch(decoder: Decoder, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    past, found = decoder.empty_cache(len(ids)), {}
+    for step, arrays in enumerate(steps_of(ids, mask)):
+        with torch.inference_mode():
+            output = decoder(*map(torch.from_numpy, arrays), past)
+        past = output.present
+        found[f"logits {step}"] = output.logits.numpy()
+        for layer, pair in enumerate(past):
+            found[f"present.{layer}.key"], found[f"present.{layer}.value"] = (
+                tensor.numpy() for tensor in pair
+            )
+    return found
+
+
+def run_onnx(file: Path, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    session = open_onnxruntime(file, threads=1, exact=True)
+    names = [output.name for output in session.get_outputs()]
+    cache = {
+        i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    found: dict[str, np.ndarray] = {}
+    for step, arrays in enumerate(steps_of(ids, mask)):
+        feeds = dict(zip(("input_ids", "attention_mask", "position_ids"), arrays, strict=True))
+        outputs = dict(zip(names, session.run(names, {**feeds, **cache}), strict=True))
+        found[f"logits {step}"] = outputs.pop("logits")
+        found.update(outputs)
+        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+    return found
+
+
+@contextmanager
+def with_weights(trace: ir.Model, decoder: Decoder) -> Iterator[ir.Model]:
+    """The trace while its initialisers hold the decoder's parameters."""
+    held = dict(decoder.named_parameters()) | {"inv_freq": inverse_frequencies(decoder.shape)}
+    empty = [v for v in trace.graph.initializers.values() if v.const_value is None]
+    for value in empty:
+        value.const_value = ir.tensor(held[value.name].detach().numpy(), name=value.name)
+    yield trace
+    for value in empty:
+        value.const_value = None
+
+
+def boundary(graph: ir.Graph) -> dict[str, tuple[Any, Any]]:
+    """Inputs and outputs with dtype and shape."""
+    return {v.name: (v.dtype, str(v.shape)) for v in (*graph.inputs, *graph.outputs)}
+
+
+def wiring(graph: ir.Graph, *, transposed: set[str] = frozenset()) -> Counter[int]:
+    """Every node and output as a number that stands for all it is computed from.
+
+    Names of nodes and of values between them do not count; operators, attributes, constants, the
+    order of inputs, and names of inputs, outputs and parameters do. A parameter that is transposed
+    in the graph counts as one that is stored so, and Unsqueezes one after the other count as one:
+    torch's optimiser joins them only where the first has a single reader.
+    """
+    unsqueezed: dict[ir.Value, tuple[int, set[int]]] = {}
+    known: dict[ir.Value, int] = {v: hash(("input", v.name)) for v in graph.inputs}
+    for value in graph.initializers.values():
+        kind = "transposed" if value.name in transposed else "plain"
+        known[value] = hash((kind, *initializer(value)))
+    found: Counter[int] = Counter()
+    for node in graph:
+        inputs = tuple(None if v is None else known[v] for v in node.inputs)
+        first = node.inputs[0] if node.inputs else None
+        if node.op_type == "Transpose" and is_linear(first):
+            known[node.outputs[0]] = hash(("transposed", *initializer(first)))
+            continue
+        if node.op_type == "Unsqueeze" and node.inputs[1].const_value is not None:
+            base, axes = unsqueezed.get(first, (inputs[0], set()))
+            for axis in node.inputs[1].const_value.numpy().tolist():
+                assert axis >= 0
+                axes = {a + (a >= axis) for a in axes} | {axis}
+            unsqueezed[node.outputs[0]] = (base, axes)
+            known[node.outputs[0]] = hash(("Unsqueeze", base, *sorted(axes)))
+            continue
+        attributes = tuple(sorted((k, attribute(a)) for k, a in node.attributes.items()))
+        digest = hash((node.domain, node.op_type, node.overload, attributes, inputs))
+        found[digest] += 1
+        for index, value in enumerate(node.outputs):
+            known[value] = hash((digest, index))
+    for value in graph.outputs:
+        if not value.name.startswith("hidden."):
+            found[hash((value.name, known[value]))] += 1
+    return found
+
+
+def initializer(value: ir.Value) -> tuple[Any, ...]:
+    """A parameter by its name, a constant by its content."""
+    content = value.const_value
+    if content is None or isinstance(content, ir.ExternalTensor):
+        return (value.name, value.dtype)
+    return (value.dtype, content.shape.numpy(), content.tobytes())
+
+
+def is_linear(value: ir.Value | None) -> bool:
+    """Whether a value is a weight that MatMul takes transposed; the tied head's is not."""
+    name = value.name if value is not None and value.is_initializer() else None
+    return name is not None and name.endswith(("_proj.weight", "lm_head.weight"))
+
+
+def attribute(value: ir.Attr) -> Any:
+    """The value of an attribute by its content."""
+    if value.type == ir.AttributeType.TENSOR:
+        return (value.value.dtype, value.value.shape.numpy(), value.value.tobytes())
+    return str(value.value)
