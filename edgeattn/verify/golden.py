@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +54,9 @@ class Golden:
             BundleError: the file is damaged or no golden file.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls._parse({name: arrays[name] for name in arrays.files})
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except Exception as error:  # zipfile and numpy raise what a broken archive leads them to
             raise BundleError(
                 expected=f"golden vectors in {path}",
                 came=f"the file does not read ({error})",
@@ -70,13 +69,19 @@ class Golden:
         expected: Tensors = {}
         for name, value in arrays.items():
             kind, _, rest = name.partition("/")
+            if value.dtype.kind not in "fiU" or not value.ndim:
+                raise ValueError(f"{name} is no array of numbers or names")
             if kind == "input":
                 case, index, field = rest.split("/")
                 steps.setdefault(case, {}).setdefault(int(index), {})[field] = value
             elif kind == "expected":
                 expected[rest] = value.astype(np.float32)
+                if not np.isfinite(expected[rest]).all():
+                    raise ValueError(f"{name} is not finite")
+        if not steps or not expected:
+            raise ValueError("it holds no inputs or no expected outputs")
         cases = tuple(
-            Case(case, tuple(StepInputs(**found[i]) for i in sorted(found)))  # type: ignore[arg-type]
+            Case(case, tuple(StepInputs(**found[i]) for i in range(len(found))))  # type: ignore[arg-type]
             for case, found in steps.items()
         )
         names = arrays["low_precision_error/names"].tolist()
