@@ -28,13 +28,13 @@ FLOORS_QUANTIZED = {**FLOORS, "fp32": 5e-5}
 def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
     """Root mean square difference of the worst token, relative to the reference's.
 
-    NaN or infinity anywhere in `value`, or another shape, is an infinite error.
+    NaN or infinity anywhere, or another shape, is an infinite error.
 
     Args:
         value: `[tokens, ...]`.
         reference: of the same shape.
     """
-    if value.shape != reference.shape or not np.isfinite(value).all():
+    if value.shape != reference.shape or not all(np.isfinite(x).all() for x in (value, reference)):
         return float("inf")
     if reference.size == 0:
         return 0.0
