@@ -36,8 +36,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound."""
-        return self.error <= self.allowed
+        """Whether the error is within the bound; an infinite one bounds nothing."""
+        return self.error <= self.allowed < float("inf")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,9 @@ def record_golden(
         lowering: dtype, spelling and choice of logits.
         tokens: ids of a text to run, None for random ones.
         progress: called with (stage, done, total).
+
+    Raises:
+        ProofError: the model overflows the bundle's dtype, so that nothing could be compared.
     """
     from edgeattn.verify.reference import run_reference
 
@@ -92,6 +96,13 @@ def record_golden(
     stage = _staged(progress, "torch, layer by layer")
     expected, plain = run_reference(model, lowering, cases, stage)
     errors = {name: relative_error(plain[name], value) for name, value in expected.items()}
+    for name, error in errors.items():
+        if not math.isfinite(error):
+            raise ProofError(
+                expected=f"a model whose activations fit {lowering.dtype}",
+                came=f"plain torch overflows in {lowering.dtype} at {name}",
+                todo="export in a wider --dtype",
+            )
     return Golden(cases, expected, errors)
 
 
