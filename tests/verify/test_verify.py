@@ -1,0 +1,314 @@
+"""Every target's bundle is proven; every planted error is found and its place named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from edgeattn.engine.tensorrt_rtx import is_available
+from edgeattn.errors import BundleError, ProofError
+from edgeattn.pipeline import export, verify_bundle
+from edgeattn.recipe import Recipe
+from edgeattn.verify.verify import Verification
+
+PROVEN = [
+    ("cpu", "none", {}),
+    ("cpu", "w8-rtn", {}),
+    ("cpu", "w4-rtn:group=32", {}),
+    ("cpu", "none", {"logits": "last"}),
+    ("jetson-orin@jetpack6.2", "none", {}),
+    ("jetson-orin@jetpack6.2", "w8-rtn", {}),
+    ("jetson-orin@jetpack6.2", "w4-rtn", {}),
+    ("jetson-orin@jetpack6.2", "none", {"dtype": "fp32"}),
+    ("jetson-orin@jetpack7.2", "none", {}),
+    ("jetson-orin@jetpack7.2", "none", {"dtype": "bf16"}),
+    ("jetson-orin@jetpack7.2", "w8-rtn", {}),
+    ("jetson-orin@jetpack7.2", "w4-rtn", {}),
+    ("l4", "none", {}),
+    ("l4", "w4-rtn", {"logits": "last"}),
+    ("t4", "none", {}),
+    ("t4", "w8-rtn", {}),
+]
+
+
+@pytest.mark.parametrize(("target", "quant", "fields"), PROVEN)
+def test_every_target_is_proven(
+    export_tiny: Callable[..., Path], target: str, quant: str, fields: dict[str, Any]
+) -> None:
+    bundle = export_tiny(target, quant, **fields)
+    verification = verify_bundle(bundle, tensorrt=False)
+    assert verification.passed
+    (agreement,) = verification.agreements
+    assert agreement.first_bad is None
+    cases = {c.tensor.partition(".")[0] for c in agreement.comparisons}
+    assert cases == {"sequence", "ragged"}
+    names = {c.tensor for c in agreement.comparisons}
+    for layer in range(3):
+        assert f"ragged.present.{layer}.key" in names
+        assert f"sequence.present.{layer}.value" in names
+    assert {f"sequence.{step}.logits" for step in range(17)} <= names
+    assert agreement.kl < 1e-3
+
+
+@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX is not installed (edgeattn[rtx])")
+@pytest.mark.parametrize(
+    ("target", "quant"),
+    [
+        ("jetson-orin@jetpack6.2", "none"),
+        ("jetson-orin@jetpack6.2", "w4-rtn"),
+        ("jetson-orin@jetpack7.2", "none"),
+        ("jetson-orin@jetpack7.2", "w4-rtn"),
+        ("t4", "w8-rtn"),
+    ],
+)
+def test_tensorrt_builds_it(export_tiny: Callable[..., Path], target: str, quant: str) -> None:
+    verification = verify_bundle(export_tiny(target, quant))
+    assert verification.tensorrt is not None
+    assert verification.tensorrt.status == "built", verification.tensorrt.reason
+    assert verification.passed
+    assert (verification.tensorrt.engine_bytes or 0) > 0
+
+
+@pytest.fixture
+def with_graph(changed: Callable[..., Path]) -> Callable[..., Path]:
+    """A function that copies a bundle with an edited graph or weight, its hashes kept true."""
+
+    def make(
+        bundle: Path,
+        edit: Callable[[onnx.ModelProto], None] | None = None,
+        weight: str | None = None,
+    ) -> Path:
+        proto = onnx.load(bundle / "model.onnx", load_external_data=False)
+        files = {}
+        if weight:
+            data = bytearray((bundle / "model.onnx.data").read_bytes())
+            negate(proto, weight, data)
+            files["model.onnx.data"] = bytes(data)
+        if edit:
+            edit(proto)
+            files["model.onnx"] = proto.SerializeToString()
+        return changed(bundle, files)
+
+    return make
+
+
+def negate(proto: onnx.ModelProto, name: str, data: bytearray) -> None:
+    """Flips the sign of a weight in the external data."""
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    entries = {e.key: e.value for e in tensor.external_data}
+    begin, length = int(entries["offset"]), int(entries["length"])
+    stored = bytes(data[begin : begin + length])
+    if tensor.data_type == onnx.TensorProto.INT4:
+        raw = np.frombuffer(stored, np.uint8)
+        low, high = (-(raw & 15)) & 15, (-(raw >> 4)) & 15
+        new = (low | (high << 4)).astype(np.uint8)
+    else:
+        dtype = {
+            onnx.TensorProto.FLOAT: np.float32,
+            onnx.TensorProto.FLOAT16: np.float16,
+            onnx.TensorProto.INT8: np.int8,
+        }[tensor.data_type]
+        new = -np.frombuffer(stored, dtype)
+    data[begin : begin + length] = new.tobytes()
+
+
+def refusal(bundle: Path) -> tuple[Verification, str]:
+    verification = verify_bundle(bundle, tensorrt=False)
+    assert not verification.passed
+    with pytest.raises(ProofError) as refused:
+        verification.raise_if_failed()
+    return verification, str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "quant"),
+    [
+        ("cpu", "none"),
+        ("cpu", "w8-rtn"),
+        ("jetson-orin@jetpack6.2", "none"),
+        ("jetson-orin@jetpack7.2", "none"),
+        ("jetson-orin@jetpack7.2", "w4-rtn"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("weight", "place"),
+    [
+        ("layers.1.self_attn.o_proj.weight", "layer 1"),
+        ("layers.1.mlp.down_proj.weight", "layer 1"),
+        ("layers.1.self_attn.k_proj.weight", "layer 1"),
+        ("layers.1.self_attn.v_proj.weight", "layer 1"),
+        ("layers.0.self_attn.q_proj.weight", "layer 0"),
+        ("layers.2.mlp.up_proj.weight", "layer 2"),
+    ],
+)
+def test_a_sign_error_names_its_layer(
+    export_tiny: Callable[..., Path],
+    with_graph: Callable[..., Path],
+    target: str,
+    quant: str,
+    weight: str,
+    place: str,
+) -> None:
+    verification, sentence = refusal(with_graph(export_tiny(target, quant), weight=weight))
+    assert verification.agreements[0].first_bad == place
+    assert f"the first error is in {place}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"),
+    [
+        ("embed_tokens.weight", "embedding"),
+        ("norm.weight", "final norm or LM head"),
+        ("lm_head.weight", "final norm or LM head"),
+    ],
+)
+def test_a_sign_error_outside_the_layers(
+    random_checkpoint: Callable[..., Path],
+    export_tiny: Callable[..., Path],
+    with_graph: Callable[..., Path],
+    weight: str,
+    place: str,
+) -> None:
+    model = random_checkpoint(tie_word_embeddings=False)
+    bundle = export_tiny("cpu", model=model)
+    verification, sentence = refusal(with_graph(bundle, weight=weight))
+    assert verification.agreements[0].first_bad == place
+    assert place in sentence
+
+
+def rename_input(proto: onnx.ModelProto, old: str, new: str) -> None:
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+
+
+def shift_positions(proto: onnx.ModelProto) -> None:
+    """Every position one too high: relative distances and logits stay, cached keys do not."""
+    rename_input(proto, "position_ids", "shifted")
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "one"))
+    proto.graph.node.insert(0, helper.make_node("Add", ["position_ids", "one"], ["shifted"]))
+
+
+def ignore_mask(proto: onnx.ModelProto) -> None:
+    """Every key counts as valid."""
+    rename_input(proto, "attention_mask", "ones")
+    proto.graph.node.insert(0, helper.make_node("Shape", ["attention_mask"], ["mask_shape"]))
+    one = numpy_helper.from_array(np.array([1], np.int64))
+    node = helper.make_node("ConstantOfShape", ["mask_shape"], ["ones"], value=one)
+    proto.graph.node.insert(1, node)
+
+
+def ignore_past(proto: onnx.ModelProto) -> None:
+    """Layer 1 caches its new values twice over, in place of the past."""
+    for node in proto.graph.node:
+        if "present.1.value" in node.output:
+            assert node.op_type == "Concat"
+            proto.graph.node.insert(0, helper.make_node("Neg", [node.input[0]], ["wrong_past"]))
+            node.input[0] = "wrong_past"
+            return
+    raise AssertionError
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin@jetpack6.2"])
+@pytest.mark.parametrize(
+    ("edit", "place", "only"),
+    [
+        (shift_positions, "layer 0", ""),
+        (ignore_mask, "layer", "ragged"),
+        (ignore_past, "layer 1", ""),
+    ],
+)
+def test_a_wrong_graph(
+    export_tiny: Callable[..., Path],
+    with_graph: Callable[..., Path],
+    target: str,
+    edit: Callable[[onnx.ModelProto], None],
+    place: str,
+    only: str,
+) -> None:
+    verification, sentence = refusal(with_graph(export_tiny(target), edit))
+    agreement = verification.agreements[0]
+    assert (agreement.first_bad or "").startswith(place)
+    assert f"the first error is in {place}" in sentence
+    assert all(c.tensor.startswith(only) for c in agreement.comparisons if not c.passed)
+
+
+def test_nan_fails(export_tiny: Callable[..., Path], with_graph: Callable[..., Path]) -> None:
+    def poison(proto: onnx.ModelProto) -> None:
+        rename = "poisoned"
+        rename_input(proto, "hidden.2", rename)
+        nan = numpy_helper.from_array(np.array(np.nan, np.float32), "nan")
+        proto.graph.initializer.append(nan)
+        index = next(i for i, n in enumerate(proto.graph.node) if "hidden.2" in n.output)
+        node = helper.make_node("Add", ["hidden.2", "nan"], [rename])
+        proto.graph.node.insert(index + 1, node)
+
+    verification, sentence = refusal(with_graph(export_tiny("cpu"), poison))
+    assert "differs by inf" in sentence
+    assert "layer 2" in sentence
+    assert '"inf"' in json.dumps(verification.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("weight", ["self_attn.o_proj", "mlp.down_proj"])
+def test_an_exporter_that_errs_writes_nothing(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    shared_traces: None,
+    monkeypatch: pytest.MonkeyPatch,
+    weight: str,
+) -> None:
+    """The exporter alone sees a weight of layer 1 with the wrong sign."""
+    from edgeattn.exporters import weights
+
+    encode = weights._encode
+
+    def wrong(binder, parameter, parts):
+        for stored, data in encode(binder, parameter, parts):
+            if parameter == f"layers.1.{weight}.weight":
+                data = (-data.view(np.float32)).view(np.uint8)
+            yield stored, data
+
+    monkeypatch.setattr(weights, "_encode", wrong)
+    with pytest.raises(ProofError, match="the first error is in layer 1:"):
+        export(tiny_checkpoint, Recipe("cpu"), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_that_overflow_are_no_proof(
+    tiny_checkpoint: Path, tmp_path: Path, shared_traces: None
+) -> None:
+    """Plain torch gives infinity, and twice infinity would allow anything."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 30000
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 300
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ProofError, match=r"overflows in fp16 at .*: export in a wider --dtype"):
+        export(model, Recipe("jetson-orin@jetpack6.2"), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_without_golden_vectors(export_tiny: Callable[..., Path], tiny_checkpoint: Path) -> None:
+    bundle = export_tiny("cpu", verify=False)
+    with pytest.raises(BundleError, match="--no-verify and has none: pass --checkpoint"):
+        verify_bundle(bundle, tensorrt=False)
+    assert verify_bundle(bundle, checkpoint=tiny_checkpoint, tensorrt=False).passed
+
+
+def test_another_checkpoint(
+    export_tiny: Callable[..., Path], random_checkpoint: Callable[..., Path]
+) -> None:
+    other = random_checkpoint(vocab_size=300)
+    with pytest.raises(BundleError, match="is another one"):
+        verify_bundle(export_tiny("cpu"), checkpoint=other, tensorrt=False)
