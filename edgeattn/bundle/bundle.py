@@ -62,9 +62,22 @@ class Bundle:
                 came=f"there is no {MANIFEST}" if path.exists() else "nothing is there",
                 todo="pass a directory that `edgeattn export` wrote",
             )
-        manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
-        for name, record in manifest.files.items():
-            _check_file(path, name, record.bytes, record.sha256 if check_hashes else None)
+        try:
+            manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
+            for name, record in manifest.files.items():
+                _check_file(path, name, record.bytes, record.sha256 if check_hashes else None)
+        except OSError as error:
+            raise BundleError(
+                expected=f"files that can be read in {path}",
+                came=f"the system says: {error.strerror or error}",
+                todo="check the bundle's permissions or copy it again",
+            ) from error
+        if MODEL not in manifest.files:
+            raise BundleError(
+                expected=f"{MODEL} among the files that {manifest_file} lists",
+                came="it is not, so nothing vouches for it",
+                todo="export the bundle again",
+            )
         return cls(path, manifest)
 
     @property

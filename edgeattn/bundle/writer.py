@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,9 +59,14 @@ class BundleWriter:
     def commit(self) -> None:
         """Makes the bundle appear under its name; an older bundle there is replaced."""
         old = _aside(self._final)
-        if self._final.exists():
-            self._final.rename(old)
-        self.path.rename(self._final)
+        try:
+            if self._final.exists():
+                self._final.rename(old)
+            self.path.rename(self._final)
+        except BaseException:
+            if old.is_dir() and not self._final.exists():
+                old.rename(self._final)
+            raise
         (self._final / _LOCK).unlink()
         shutil.rmtree(old, ignore_errors=True)
 
@@ -78,16 +84,22 @@ def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
     Raises:
         BundleError: the place is in use, cannot be written, or the disk is full.
     """
-    final = final.absolute()
+    final = Path(os.path.abspath(final))
+    if not final.name:
+        raise BundleError(
+            expected="the name of a folder to write a bundle at",
+            came=f"it is {final}",
+            todo="choose another folder with -o",
+        )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final)
         _check_place(final, force=force)
         path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         path.mkdir()
+        lock = (path / _LOCK).open("w")
     except OSError as error:
         raise _disk_error(final, error) from error
-    lock = (path / _LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield BundleWriter(path, final)
@@ -101,13 +113,18 @@ def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
 
 
 def _check_place(final: Path, *, force: bool) -> None:
-    if not final.exists() and not final.is_symlink():
+    if final.is_symlink():
+        raise BundleError(
+            expected=f"a free place at {final}",
+            came="a link is there",
+            todo="choose another folder with -o",
+        )
+    if not final.exists():
         return
     if final.is_dir() and not any(final.iterdir()):
         final.rmdir()
         return
-    is_bundle = (final / MANIFEST).is_file() and not final.is_symlink()
-    if not is_bundle:
+    if not (final / MANIFEST).is_file():
         raise BundleError(
             expected=f"a free place at {final}",
             came="something that is no bundle is there",
@@ -133,7 +150,7 @@ def _remove_leftovers(final: Path) -> None:
             shutil.rmtree(_aside(final))
         else:
             _aside(final).rename(final)
-    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+    for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
         try:
             with (leftover / _LOCK).open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
