@@ -28,6 +28,22 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    def __post_init__(self) -> None:
+        """Refuses a stretch that no frequency can have.
+
+        Raises:
+            CheckpointError: a factor or the context is not positive, or the two bands are one.
+        """
+        for field in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            value = getattr(self, field)
+            if not 0 < value < math.inf:
+                raise _bad(f"a positive {field} of the rope scaling", f"it is {value}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise _bad(
+                f"a high_freq_factor above low_freq_factor ({self.low_freq_factor})",
+                f"it is {self.high_freq_factor}",
+            )
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -85,7 +101,7 @@ class ModelShape:
         if self.head_dim % 2:
             raise _bad("an even head_dim, which RoPE needs", f"it is {self.head_dim}")
         for field in ("norm_eps", "rope_theta"):
-            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
+            if not 0 < getattr(self, field) < math.inf:
                 raise _bad(f"a positive {field}", f"it is {getattr(self, field)}")
 
     @property

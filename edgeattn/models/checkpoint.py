@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +104,14 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
             todo="pass a complete Hugging Face directory or a .gguf file",
         )
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            expected=f"{path} to be readable",
+            came=f"the system says: {error.strerror or error}",
+            todo="check its permissions",
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             expected=f"{path} to be JSON",
             came=f"it does not parse ({error})",
@@ -172,6 +179,13 @@ class SafetensorsReader:
         Raises:
             CheckpointError: a tensor is missing or has another shape or an unreadable dtype.
         """
+        if shape.num_layers > len(self.files):
+            # Also keeps an absurd number in config.json from being counted up to.
+            raise CheckpointError(
+                expected=f"weights of {shape.num_layers} layers, as config.json says",
+                came=f"the checkpoint holds {len(self.files)} tensors",
+                todo="use the config.json that belongs to these weights",
+            )
         headers = {file: _header(file) for file in set(self.files.values())}
         for name, wanted in parameter_names(shape).items():
             stored = self._stored_name(name)
@@ -230,7 +244,7 @@ def _shard_path(directory: Path, shard: str) -> Path:
             todo="do not use this checkpoint before you know where it comes from",
         )
     path = directory / shard
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, where Path.is_file raises, for a name no disk takes
         raise CheckpointError(
             expected=f"shard {shard}, which the index names, in {directory}",
             came="the file is missing",

@@ -166,7 +166,10 @@ def _number(config: Mapping[str, Any], key: str, default: float | None = None) -
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_type(key, value, "a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _wrong_type(key, "beyond any float", "a number") from error
 
 
 def _wrong_type(key: str, value: object, wanted: str) -> CheckpointError:
