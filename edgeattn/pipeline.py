@@ -72,11 +72,16 @@ class ExportReport:
 
 
 def default_output(model: Path, recipe: Recipe) -> Path:
-    """`./<model>-<target>-<quant>`, as the command line uses it."""
+    """`./<model>-<target>-<quant>`, and what else differs from the defaults."""
+    from edgeattn.models.checkpoint import checkpoint_name
+
     target = parse_target(recipe.target)
-    stem = model.stem if model.suffix == ".gguf" else model.resolve().name
-    label = recipe.scheme.label.replace(":", "-").replace("=", "")
-    return Path(f"{stem}-{target.device.name}-{label}")
+    parts = [checkpoint_name(model), target.device.name]
+    if target.software.name != target.device.software.default:
+        parts.append(target.software.name)
+    parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
+    parts += [recipe.dtype] if recipe.dtype else []
+    return Path("-".join(parts))
 
 
 def export(
@@ -125,6 +130,7 @@ def _export(
     clock.start("reading the checkpoint")
     checkpoint = open_checkpoint(path)
     lowering = fit_lowering(lowering, checkpoint.shape, target)
+    tokens = _proof_tokens(checkpoint)
     model = _transform(checkpoint, lowering)
     clock.start("writing the graph")
     graph = export_graph(
@@ -139,7 +145,7 @@ def _export(
     verification = None
     if verify:
         clock.start("proving the bundle")
-        verification = _prove(model, checkpoint, lowering, writer, progress)
+        verification = _prove(model, tokens, lowering, writer, progress)
     clock.stop()
     report = ExportReport(output, lowering, graph, verification, clock.seconds)
     _write_report(writer, checkpoint, recipe, report)
@@ -218,18 +224,16 @@ def _golden_of(
 
 def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
     """Checkpoint -> Model, through the transforms of the recipe."""
-    import torch
-
-    from edgeattn.models.model import model_of
+    from edgeattn.models.model import TORCH_DTYPES, model_of
     from edgeattn.transforms.quantize import quantize
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return quantize(model_of(checkpoint), lowering.scheme, scale_dtype=dtypes[lowering.dtype])
+    scale_dtype = TORCH_DTYPES[lowering.dtype]
+    return quantize(model_of(checkpoint), lowering.scheme, scale_dtype=scale_dtype)
 
 
 def _prove(
     model: Model,
-    checkpoint: Checkpoint,
+    tokens: list[int] | None,
     lowering: Lowering,
     writer: BundleWriter,
     progress: Progress | None,
@@ -241,7 +245,7 @@ def _prove(
         record_golden,
     )
 
-    golden = record_golden(model, lowering, tokens=_proof_tokens(checkpoint), progress=progress)
+    golden = record_golden(model, lowering, tokens=tokens, progress=progress)
     golden.save(writer.path / layout.GOLDEN)
     model_file = writer.path / layout.MODEL
     agreement = check_onnxruntime(
@@ -337,7 +341,7 @@ def _write_manifest(
             backends=tuple(a.backend for a in verification.agreements) if verification else (),
             tensorrt=_tensorrt_status(tensorrt.status if tensorrt else None),
         ),
-        files=writer.files(exclude=(layout.REPORT_JSON, "report/", f"{layout.ENGINES}/")),
+        files=writer.files(),
     )
     writer.write(layout.MANIFEST, manifest.to_json())
 
