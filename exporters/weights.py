@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgeattn.models.attention import inverse_frequencies
 from edgeattn.models.families import parameter_names
-from edgeattn.models.model import Model, Progress, rounded
+from edgeattn.models.model import TORCH_DTYPES, Model, Progress, rounded
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.packing import pack_int4
@@ -225,9 +225,7 @@ def _encode(
     binder: WeightBinder, parameter: str, parts: list[StoredTensor]
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """The bytes of each part of one parameter, as a flat uint8 array."""
-    dtype = getattr(
-        torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[binder.lowering.dtype]
-    )
+    dtype = TORCH_DTYPES[binder.lowering.dtype]
     if parameter == ROTARY:
         yield parts[0], _bytes(inverse_frequencies(binder.model.shape))
         return

@@ -23,10 +23,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENAI_CONFIG = "genai_config.json"
 GOLDEN = "golden/decoder.npz"
-# Written after the export, so not listed in the manifest.
 REPORT_JSON = "report.json"
 REPORT_HTML = "report/index.html"
-ENGINES = "engines"
 
 _CHUNK = 1 << 20
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from edgeattn.bundle.bundle import MODEL, Bundle
 from edgeattn.errors import BundleError
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from google.protobuf.message import Message
+    from onnx import ModelProto, TensorProto
 
 
 def read_graph(bundle: Bundle) -> ModelProto:
@@ -29,7 +31,7 @@ def read_graph(bundle: Bundle) -> ModelProto:
             came="it does not parse",
             todo="export the bundle again",
         ) from error
-    for tensor in proto.graph.initializer:
+    for tensor in _tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value not in bundle.manifest.files:
                 raise BundleError(
@@ -38,3 +40,14 @@ def read_graph(bundle: Bundle) -> ModelProto:
                     todo="do not use this bundle before you know where it comes from",
                 )
     return proto
+
+
+def _tensors(message: Message) -> Iterator[TensorProto]:
+    """Every tensor of a graph, wherever it sits: initialisers, attributes, subgraphs, functions."""
+    if message.DESCRIPTOR.full_name == "onnx.TensorProto":
+        yield cast("TensorProto", message)
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(part)

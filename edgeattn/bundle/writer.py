@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,8 @@ from edgeattn.bundle.manifest import FileRecord
 from edgeattn.errors import BundleError
 
 _LOCK = ".lock"
+_UNFINISHED = ".edgeattn-unfinished"
+_ASIDE = ".edgeattn-replaced"
 
 
 class BundleWriter:
@@ -25,9 +27,10 @@ class BundleWriter:
         path: the temporary directory to write files into.
     """
 
-    def __init__(self, path: Path, final: Path) -> None:
+    def __init__(self, path: Path, final: Path, *, force: bool) -> None:
         self.path = path
         self._final = final
+        self._force = force
         self._known: dict[str, FileRecord] = {}
 
     def write(self, name: str, content: bytes | str) -> None:
@@ -40,34 +43,49 @@ class BundleWriter:
         """Records the hash of a file that was computed while it was written."""
         self._known[name] = FileRecord(bytes=size, sha256=sha256)
 
-    def files(self, *, exclude: tuple[str, ...] = ()) -> dict[str, FileRecord]:
-        """Size and hash of every file written so far, by path inside the bundle.
-
-        Args:
-            exclude: names, or prefixes ending in "/", to leave out.
-        """
+    def files(self) -> dict[str, FileRecord]:
+        """Size and hash of every file written so far, by path inside the bundle."""
         found = {}
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
-            left_out = any(name == e or (e.endswith("/") and name.startswith(e)) for e in exclude)
-            if file.is_file() and name not in (_LOCK, MANIFEST) and not left_out:
+            if file.is_file() and name not in (_LOCK, MANIFEST):
                 found[name] = self._known.get(name) or FileRecord(
                     bytes=file.stat().st_size, sha256=hash_file(file)
                 )
         return found
 
     def commit(self) -> None:
-        """Makes the bundle appear under its name; an older bundle there is replaced."""
+        """Makes the bundle appear under its name.
+
+        Raises:
+            BundleError: something else appeared there meanwhile.
+        """
+        if self._force and self._final.exists():
+            self._replace()
+        else:
+            self._appear()
+        (self._final / _LOCK).unlink()
+
+    def _appear(self) -> None:
+        try:
+            # Replaces an empty folder and nothing else: the system refuses any other.
+            self.path.rename(self._final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            _check_place(self._final, force=False)
+            raise
+
+    def _replace(self) -> None:
+        _check_place(self._final, force=True)
         old = _aside(self._final)
         try:
-            if self._final.exists():
-                self._final.rename(old)
+            self._final.rename(old)
             self.path.rename(self._final)
         except BaseException:
             if old.is_dir() and not self._final.exists():
                 old.rename(self._final)
             raise
-        (self._final / _LOCK).unlink()
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,9 +103,9 @@ def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
         BundleError: the place is in use, cannot be written, or the disk is full.
     """
     final = Path(os.path.abspath(final))
-    if not final.name:
+    if not final.name or final == Path.cwd():
         raise BundleError(
-            expected="the name of a folder to write a bundle at",
+            expected="the name of a new folder to write a bundle at",
             came=f"it is {final}",
             todo="choose another folder with -o",
         )
@@ -95,14 +113,14 @@ def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final)
         _check_place(final, force=force)
-        path = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        path = final.with_name(f".{final.name}.{os.getpid()}{_UNFINISHED}")
         path.mkdir()
         lock = (path / _LOCK).open("w")
     except OSError as error:
         raise _disk_error(final, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield BundleWriter(path, final)
+        yield BundleWriter(path, final, force=force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise _disk_error(final, error) from error
@@ -119,10 +137,7 @@ def _check_place(final: Path, *, force: bool) -> None:
             came="a link is there",
             todo="choose another folder with -o",
         )
-    if not final.exists():
-        return
-    if final.is_dir() and not any(final.iterdir()):
-        final.rmdir()
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not (final / MANIFEST).is_file():
         raise BundleError(
@@ -140,23 +155,33 @@ def _check_place(final: Path, *, force: bool) -> None:
 
 def _aside(final: Path) -> Path:
     """Where a bundle waits while its replacement takes its name."""
-    return final.with_name(f".{final.name}.old")
+    return final.with_name(f".{final.name}{_ASIDE}")
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Removes what a killed run left, and brings back a bundle it had moved aside."""
-    if _aside(final).is_dir():
+    """Removes what a killed run left, and brings back a bundle it had moved aside.
+
+    Only what is surely ours: by its name, and by the lock or the manifest in it.
+    """
+    aside = _aside(final)
+    if (aside / MANIFEST).is_file():
         if final.exists():
-            shutil.rmtree(_aside(final))
+            shutil.rmtree(aside)
         else:
-            _aside(final).rename(final)
-    for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        try:
-            with (leftover / _LOCK).open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another export to the same place is still running
-        shutil.rmtree(leftover, ignore_errors=True)
+            aside.rename(final)
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.\d+{re.escape(_UNFINISHED)}")
+    for leftover in final.parent.iterdir():
+        if pattern.fullmatch(leftover.name) and (leftover / _LOCK).is_file():
+            _remove_if_dead(leftover)
+
+
+def _remove_if_dead(leftover: Path) -> None:
+    try:
+        with (leftover / _LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # another export to the same place is still running
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _disk_error(final: Path, error: OSError) -> BundleError:

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
@@ -31,6 +32,9 @@ Examples:
 """
 
 
+_DEBUG = "Show the traceback of an error."
+
+
 class _LazyGroup(click.Group):
     """Loads a verb's module on first use and turns refusals into one sentence and an exit code."""
 
@@ -42,7 +46,12 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"edgeattn.cli.{name}").command
         if not any(p.name == "debug" for p in command.params):
-            command.params.append(_debug_option())
+            command.params.append(
+                click.Option(["--debug"], is_flag=True, expose_value=False, help=_DEBUG)
+            )
+            for option in command.params:
+                if option.name in ("debug", "as_json"):
+                    option.callback, option.is_eager = _remember, True
         return command
 
     def resolve_command(
@@ -60,9 +69,13 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeattnError as error:
-            _fail(ctx, str(error), error.exit_code)
+            _fail(ctx, str(error), error.exit_code, error.details)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing half-written was left behind", 130)
+        except click.UsageError as error:
+            if _asked(ctx, "as_json"):
+                click.echo(json.dumps({"error": error.format_message(), "exit_code": 2}))
+            raise
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -72,25 +85,24 @@ class _LazyGroup(click.Group):
             _fail(ctx, f"{sentence} (run again with --debug and report what it prints)", 1)
 
 
-def _debug_option() -> click.Option:
-    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-        ctx.find_root().meta["edgeattn.debug"] = value
-
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        callback=remember,
-        is_eager=True,
-        help="Show the traceback of an error.",
-    )
+def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+    """Notes --json and --debug where the boundary finds them when the verb has failed."""
+    ctx.find_root().meta[f"edgeattn.{option.name}"] = value
+    return value
 
 
-def _fail(ctx: click.Context, sentence: str, exit_code: int) -> NoReturn:
-    if ctx.find_root().meta.get("edgeattn.debug"):
+def _asked(ctx: click.Context, name: str) -> bool:
+    return bool(ctx.find_root().meta.get(f"edgeattn.{name}"))
+
+
+def _fail(
+    ctx: click.Context, sentence: str, exit_code: int, details: Mapping[str, Any] | None = None
+) -> NoReturn:
+    if _asked(ctx, "debug"):
         traceback.print_exc()
-    if "--json" in sys.argv:
-        click.echo(json.dumps({"error": sentence, "exit_code": exit_code}))
+    if _asked(ctx, "as_json"):
+        content = {"error": sentence, "exit_code": exit_code, **(details or {})}
+        click.echo(json.dumps(content, indent=2))
     click.echo(f"edgeattn: {sentence}", err=True)
     ctx.exit(exit_code)
 

@@ -51,6 +51,8 @@ def command(
     on the bundle's own file, and TensorRT's parser and builder where edgeattn[rtx] is installed.
     """
     from edgeattn.cli.progress import show_progress
+    from edgeattn.cli.tables import print_verification
+    from edgeattn.errors import ProofError
     from edgeattn.pipeline import default_output, export
     from edgeattn.recipe import Recipe, read_recipe
 
@@ -61,8 +63,15 @@ def command(
         _show_plan(model, recipe, as_json)
         return
     place = output or default_output(model, recipe)
-    with show_progress() as progress:
-        report = export(model, recipe, place, verify=not no_verify, force=force, progress=progress)
+    try:
+        with show_progress() as progress:
+            report = export(
+                model, recipe, place, verify=not no_verify, force=force, progress=progress
+            )
+    except ProofError as error:
+        if error.details and not as_json:
+            print_verification(error.details, error_stream=True)
+        raise
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -98,5 +107,5 @@ def _show_report(report: ExportReport) -> None:
         return
     from edgeattn.cli.tables import print_verification
 
-    print_verification(report.verification)
+    print_verification(report.verification.to_dict())
     click.echo(f"report: {report.path / 'report' / 'index.html'}")

@@ -32,6 +32,7 @@ _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 @click.option("--top-k", default=0, show_default=True, help="Most candidates; 0 is all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Their probability; 1 is all.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
+@click.option("--exact", is_flag=True, help="Quantised weights: fp32 sums, as proven; slower.")
 @click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.pass_context
@@ -45,6 +46,7 @@ def command(
     top_k: int,
     top_p: float,
     seed: int,
+    exact: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -56,7 +58,7 @@ def command(
     from edgeattn.runtime import Session, generate
 
     generation = generate(
-        Session.open(bundle, threads=threads),
+        Session.open(bundle, threads=threads, exact=exact),
         _read_stdin() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

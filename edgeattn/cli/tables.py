@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from edgeattn.verify.verify import Verification
+from collections.abc import Mapping
+from typing import Any
 
 
-def print_verification(verification: Verification) -> None:
-    """Prints, for each implementation, the worst tensor of each kind against its bound."""
+def print_verification(verification: Mapping[str, Any], *, error_stream: bool = False) -> None:
+    """Prints, for each implementation, the worst tensor of each kind against its bound.
+
+    Args:
+        verification: as `Verification.to_dict` gives it.
+        error_stream: print on standard error.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    for agreement in verification.agreements:
-        table = Table(box=box.SIMPLE, title=f"torch reference = {agreement.backend}")
+    console = Console(stderr=error_stream)
+    for agreement in verification["agreements"]:
+        table = Table(box=box.SIMPLE, title=f"torch reference = {agreement['backend']}")
         table.add_column("worst of")
         table.add_column("tensor")
         for heading in ("error", "plain torch", "allowed"):
             table.add_column(heading, justify="right")
         table.add_column("")
-        for group, row in agreement.worst_per_group().items():
-            figures = (f"{v:.2e}" for v in (row.error, row.low_precision_error, row.allowed))
-            table.add_row(group, row.tensor, *figures, "ok" if row.passed else "FAILED")
+        rows = {row["tensor"]: row for row in agreement["comparisons"]}
+        for group, tensor in agreement["worst"].items():
+            row = rows[tensor]
+            keys = ("error", "low_precision_error", "allowed")
+            figures = (f"{float(row[key]):.2e}" for key in keys)
+            table.add_row(group, tensor, *figures, "ok" if row["passed"] else "FAILED")
         console.print(table)
-        console.print(f"same most likely token {agreement.top1:.1%}, KL {agreement.kl:.1e} nats")
-        if agreement.first_bad:
-            console.print(f"the first error is in {agreement.first_bad}")
-    console.print(_tensorrt_line(verification), markup=False, highlight=False)
+        same, kl = agreement["top1_agreement"], float(agreement["kl"])
+        console.print(f"same most likely token {same:.1%}, KL {kl:.1e} nats")
+        if agreement["first_bad"]:
+            console.print(f"the first error is in {agreement['first_bad']}")
+    console.print(_tensorrt_line(verification["tensorrt"]), markup=False, highlight=False)
 
 
-def _tensorrt_line(verification: Verification) -> str:
-    report = verification.tensorrt
+def _tensorrt_line(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "TensorRT: no part in this target"
-    if report.status == "built":
+    if report["status"] == "built":
+        seconds = (report["seconds_parse"] or 0) + (report["seconds_build"] or 0)
         return (
-            f"TensorRT-RTX {report.version} parsed and built it for SM{report.sm}: "
-            f"{report.layers} layers, engine {(report.engine_bytes or 0) / 1e6:.1f} MB, "
-            f"{(report.seconds_parse or 0) + (report.seconds_build or 0):.1f} s "
-            "(not run on the device)"
+            f"TensorRT-RTX {report['version']} parsed and built it for SM{report['sm']}: "
+            f"{report['layers']} layers, engine {(report['engine_bytes'] or 0) / 1e6:.1f} MB, "
+            f"{seconds:.1f} s (not run on the device)"
         )
-    return f"TensorRT-RTX for SM{report.sm}: {report.status}, {report.reason}"
+    return f"TensorRT-RTX for SM{report['sm']}: {report['status']}, {report['reason']}"

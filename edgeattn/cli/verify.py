@@ -42,5 +42,5 @@ def command(bundle: Path, checkpoint: Path | None, no_tensorrt: bool, as_json: b
     elif not as_json:
         from edgeattn.cli.tables import print_verification
 
-        print_verification(verification)
+        print_verification(verification.to_dict())
     verification.raise_if_failed()

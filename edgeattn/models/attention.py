@@ -1,8 +1,8 @@
 """The attention of the decoder in plain torch: rotary positions, mask, cached softmax attention.
 
 Two spellings of one meaning exist; the graph a target's parser takes decides which is traced:
-"standard" becomes the ONNX 23 operators Attention and RMSNormalization, "primitive" only operators
-of ONNX 20 (JetPack 6.2) or of fp32, for which TensorRT has no Attention kernel.
+"standard" becomes the ONNX 23 operators Attention and RMSNormalization, "primitive" attention only
+operators of ONNX 20, for parsers and head widths that have no Attention.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm) ->
         `[B, H, T, D]`.
     """
     if form == "standard":
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        shared = q.shape[1] != k.shape[1]  # the exporter refuses enable_gqa for equal heads
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=shared
+        )
     batch, heads, length, width = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
     # Scaling the queries, not the scores, keeps fp16 scores inside the range.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_QUANT_SUFFIX = re.compile(
+    r"[.-](?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|B?F16|F32)$", re.IGNORECASE
+)
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -71,6 +75,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def checkpoint_name(path: Path) -> str:
+    """The short name of MODEL: its folder, or its GGUF file without the quantisation suffix."""
+    if path.suffix == ".gguf":
+        return _QUANT_SUFFIX.sub("", path.stem)
+    return path.resolve().name or "model"
+
+
 def read_shape(path: Path) -> ModelShape:
     """The architecture of MODEL, without torch and without looking at its weights."""
     if path.is_dir():
@@ -84,7 +95,7 @@ def _open_directory(path: Path) -> Checkpoint:
     weights = SafetensorsReader.open(path)
     weights.check(shape)
     return Checkpoint(
-        name=path.resolve().name,
+        name=checkpoint_name(path),
         shape=shape,
         config=config,
         generation_config=_read_json(path / "generation_config.json", required=False),

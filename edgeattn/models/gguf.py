@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.errors import CheckpointError
-from edgeattn.models.checkpoint import Checkpoint
+from edgeattn.models.checkpoint import Checkpoint, checkpoint_name
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
 from edgeattn.models.gguf_header import GgufHeader, Metadata, TensorInfo, read_header
 from edgeattn.models.gguf_metadata import (
@@ -45,9 +44,6 @@ _IN_BLOCK = {
 _PERMUTED = ("llama",)
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHUNK = 1 << 21  # elements dequantised at a time; bounds the temporaries of the gguf package
-_QUANT_SUFFIX = re.compile(
-    r"[.-](?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|B?F16|F32)$", re.IGNORECASE
-)
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -67,7 +63,7 @@ def open_gguf(path: Path) -> Checkpoint:
     main_kind = Counter({k: n for k, n in kinds.items() if k != "F32"}).most_common(1)
     dtype = _PLAIN.get(main_kind[0][0], "float32") if main_kind else "float32"
     return Checkpoint(
-        name=_QUANT_SUFFIX.sub("", path.stem),
+        name=checkpoint_name(path),
         shape=shape,
         config=config_from_shape(shape, dtype, ids),
         generation_config=_generation_config(header.metadata, ids),

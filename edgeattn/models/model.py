@@ -19,6 +19,9 @@ from edgeattn.shape import ModelShape
 
 Progress = Callable[[int, int], None]
 
+# The names of a recipe's dtypes in torch.
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class ModelWeights(Protocol):
     """Parameters of a model after the transforms so far, each computed when it is read."""

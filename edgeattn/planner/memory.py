@@ -35,7 +35,8 @@ def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: i
     if format is None:
         return outputs * inputs * wide
     scales = outputs * (inputs // format.group_size if format.group_size else 1)
-    return (outputs * inputs * format.bits + 7) // 8 + scales * wide
+    zero_points = scales if format.bits == 8 else 0
+    return (outputs * inputs * format.bits + 7) // 8 + scales * wide + zero_points
 
 
 def cache_bytes_per_token(shape: ModelShape, lowering: Lowering) -> int:

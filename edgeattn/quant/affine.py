@@ -81,12 +81,13 @@ def choose_scale(
 ) -> Tensor:
     """One positive scale per row of `groups` `[n, group]` fp32, as `[n, 1]` in `scale_dtype`.
 
-    Rows of zeros get the smallest normal scale of the dtype: TensorRT demands positive scales.
+    A scale that rounds to zero (a row of zeros, or of weights far below the dtype) becomes the
+    smallest normal number: TensorRT demands positive scales.
     """
-    tiny = torch.finfo(scale_dtype).tiny
-    largest = groups.abs().amax(dim=1, keepdim=True).clamp_min_(tiny)
+    largest = groups.abs().amax(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     fraction = _best_fraction(groups, largest, format) if clip == "mse" else 1.0
-    return (largest * fraction / format.high).clamp_min_(tiny).to(scale_dtype)
+    scale = (largest * fraction / format.high).to(scale_dtype)
+    return torch.where(scale > 0, scale, torch.finfo(scale_dtype).tiny)
 
 
 def _best_fraction(groups: Tensor, largest: Tensor, format: WeightFormat) -> Tensor:

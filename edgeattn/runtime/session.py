@@ -197,6 +197,12 @@ class Session:
                 came=f"row {int(mask[:, 0].argmin())} is all padding",
                 todo="leave that row out",
             )
+        if self.last_logits_only and not mask[:, -1].all():
+            raise RuntimeInputError(
+                expected="rows of equal length for a bundle with logits of the last place only",
+                came=f"row {int(mask[:, -1].argmin())} ends in padding",
+                todo="run rows of one length together, or export with --logits all",
+            )
         first = np.int64(0) if state is None else state._next[:, None]
         positions = np.maximum(first + mask.cumsum(axis=1) - 1, 0)
         # An id at padding may be a marker such as -100, which the embedding could not look up.

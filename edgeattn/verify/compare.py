@@ -84,6 +84,7 @@ class Agreement:
             "first_bad": self.first_bad,
             "top1_agreement": self.top1,
             "kl": self.kl if np.isfinite(self.kl) else "inf",
+            "worst": {group: c.tensor for group, c in self.worst_per_group().items()},
             "comparisons": rows,
         }
 

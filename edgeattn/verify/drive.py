@@ -46,8 +46,8 @@ def drive(
     """Runs every case and collects what must agree, padding left out.
 
     Kept are the logits of every step, the cache after the last step of a case (it holds every
-    earlier entry) and the residual stream of the prefill: "sequence.3.logits",
-    "sequence.present.0.key", "sequence.hidden.1".
+    earlier entry) and the residual stream of every step: "sequence.3.logits",
+    "sequence.present.0.key", "sequence.0.hidden.1".
     """
     found: Tensors = {}
     total, done = sum(len(case.steps) for case in cases), 0
@@ -57,11 +57,10 @@ def drive(
             output = backend.step(inputs, output)
             logits = backend.to_numpy(output["logits"])
             found[f"{case.name}.{index}.logits"] = _valid_logits(logits, inputs)
-            if index == 0:
-                for name, value in output.items():
-                    if name.startswith("hidden."):
-                        array = backend.to_numpy(value)
-                        found[f"{case.name}.{name}"] = array[inputs.new_mask]
+            for name, value in output.items():
+                if name.startswith("hidden."):
+                    array = backend.to_numpy(value)
+                    found[f"{case.name}.{index}.{name}"] = array[inputs.new_mask]
             done += 1
             if progress:
                 progress(done, total)

@@ -18,12 +18,11 @@ from torch import Tensor
 from edgeattn.models.attention import RMSNorm, causal_mask, inverse_frequencies, rotary_caches
 from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
-from edgeattn.models.model import Model, rounded
+from edgeattn.models.model import TORCH_DTYPES, Model, rounded
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
 from edgeattn.verify.drive import Tensors
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the reference computes in: one step above the bundle's dtype.
 REFERENCE_DTYPES = {"fp32": torch.float64, "fp16": torch.float32, "bf16": torch.float32}
 # Rows of the LM head multiplied at once, so that a wide vocabulary is never held in fp64.
@@ -144,7 +143,8 @@ class _Walk:
 
     def _record_hidden(self, run: _Run, index: int) -> None:
         for case, hidden in zip(self.cases, run.hidden, strict=True):
-            run.found[f"{case.name}.hidden.{index}"] = _numpy(hidden[0])[case.steps[0].new_mask]
+            for i, step in enumerate(case.steps):
+                run.found[f"{case.name}.{i}.hidden.{index}"] = _numpy(hidden[i])[step.new_mask]
 
     def _weight(self, name: str) -> Tensor:
         return rounded(name, self.model.weights.read(name), self.weight_dtype)

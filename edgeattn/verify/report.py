@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from edgeattn.verify.compare import group_of
-
 
 def report_html(report: Mapping[str, Any]) -> str:
     """Renders the content of report.json as a page that needs no script and no network.
@@ -20,26 +18,17 @@ def report_html(report: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["figure"] = _figure
     template = (files("edgeattn.verify") / "report.html.j2").read_text("utf-8")
-    return environment.from_string(template).render(
-        report=report, agreements=[_worst_rows(a) for a in _agreements(report)]
-    )
+    return environment.from_string(template).render(report=report, agreements=_agreements(report))
 
 
 def _agreements(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    verification = report["verification"]
-    found: list[dict[str, Any]] = verification["agreements"] if verification else []
+    """Each implementation with the worst comparison of each kind of tensor, in full."""
+    found = []
+    for agreement in report["verification"]["agreements"] if report["verification"] else []:
+        rows = {row["tensor"]: row for row in agreement["comparisons"]}
+        worst = [{**rows[name], "group": group} for group, name in agreement["worst"].items()]
+        found.append({**agreement, "worst": worst})
     return found
-
-
-def _worst_rows(agreement: dict[str, Any]) -> dict[str, Any]:
-    """The agreement with, for each kind of tensor, the comparison nearest to its bound."""
-    worst: dict[str, dict[str, Any]] = {}
-    for row in agreement["comparisons"]:
-        group = group_of(row["tensor"])
-        used = float(row["error"]) / row["allowed"]
-        if group not in worst or used > worst[group]["used"]:
-            worst[group] = {**row, "group": group, "used": used}
-    return {**agreement, "worst": list(worst.values())}
 
 
 def _figure(value: object) -> str:

@@ -63,12 +63,13 @@ class Verification:
         """
         for agreement in self.agreements:
             if not agreement.passed:
-                raise _disagreement(agreement)
+                raise _disagreement(agreement, self.to_dict())
         if self.tensorrt is not None and self.tensorrt.status == "refused":
             raise ProofError(
                 expected=f"TensorRT-RTX to build the graph for SM{self.tensorrt.sm}",
                 came=f"it refused: {self.tensorrt.reason}",
                 todo="report this graph, or export for another target or scheme",
+                details=self.to_dict(),
             )
 
 
@@ -184,7 +185,7 @@ def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None]
     return lambda done, total: progress(stage, done, total)
 
 
-def _disagreement(agreement: Agreement) -> ProofError:
+def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
     worst = max(
         (c for c in agreement.comparisons if not c.passed), key=lambda c: c.error / c.allowed
     )
@@ -193,4 +194,5 @@ def _disagreement(agreement: Agreement) -> ProofError:
         expected=f"{agreement.backend} within {worst.allowed:.2g} of the torch reference",
         came=f"{worst.tensor} differs by {worst.error:.3g} of its RMS{where}",
         todo="do not ship this graph; report it with the checkpoint's name",
+        details=details,
     )

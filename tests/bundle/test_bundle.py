@@ -25,6 +25,8 @@ FILES = (
     "golden/decoder.npz",
     "model.onnx",
     "model.onnx.data",
+    "report.json",
+    "report/index.html",
     "tokenizer.json",
 )
 
@@ -93,7 +95,6 @@ def test_a_folder_in_a_files_place_is_refused(copy: Path) -> None:
 
 def test_files_of_others_are_left_alone(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
-    (copy / "report.json").unlink()
     assert "notes.txt" not in Bundle.open(copy).manifest.files
 
 

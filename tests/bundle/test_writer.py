@@ -71,7 +71,7 @@ def test_interrupted_between_the_two_renames(
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
+        if self.name.endswith(".edgeattn-unfinished"):
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -167,7 +167,7 @@ with open_writer(Path(sys.argv[1]), force=True) as writer:
         die()
     rename = Path.rename
     if sys.argv[2] == "between":
-        Path.rename = lambda self, to: die() if self.name.endswith(".tmp") else rename(self, to)
+        Path.rename = lambda self, to: die() if self.name.endswith(".edgeattn-unfinished") else rename(self, to)
     if sys.argv[2] == "renamed":
         Path.unlink = die
     writer.commit()
@@ -203,8 +203,8 @@ def test_after_a_kill(tmp_path: Path, name: str, when: str, existing: bool) -> N
 def test_another_running_export_is_left_alone(tmp_path: Path) -> None:
     with open_writer(tmp_path / "bundle") as first:
         first.write("manifest.json", "first")
-        running = tmp_path / f".bundle.{os.getpid()}.tmp"
-        renamed = running.rename(tmp_path / ".bundle.1.tmp")
+        running = tmp_path / f".bundle.{os.getpid()}.edgeattn-unfinished"
+        renamed = running.rename(tmp_path / ".bundle.1.edgeattn-unfinished")
         with open_writer(tmp_path / "bundle") as second:
             second.write("manifest.json", "second")
             second.commit()

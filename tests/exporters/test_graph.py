@@ -114,10 +114,7 @@ def test_the_planner_knows_the_size(bundle: Path) -> None:
     lowering = Lowering.from_dict(opened.manifest.lowering)
     places = {place(t) for t in graph_of(bundle).initializer if t.external_data}
     stored = sum(length for _, length in places)
-    # Zero points at 8 bits are stored and not planned: one byte beside each scale.
-    points = {place(t) for t in graph_of(bundle).initializer if t.name.endswith("_zero_point")}
-    planned = weight_bytes(opened.shape, lowering) + sum(length for _, length in points)
-    assert stored == planned
+    assert stored == weight_bytes(opened.shape, lowering)
 
 
 def test_int4_is_stored_as_int4(export_tiny: Callable[..., Path]) -> None:

@@ -30,6 +30,8 @@ from edgeattn.verify.tolerance import relative_error
 # One family and one spelling of attention each, so that every pair of features is met once.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-standard": ("cpu", {}),
+    "llama-mha-standard": ("cpu", {"num_key_value_heads": 4}),
+    "llama-mqa-primitive": ("jetson-orin@jetpack6.2", {"num_key_value_heads": 1}),
     "llama-untied-primitive": ("jetson-orin@jetpack6.2", {"tie_word_embeddings": False}),
     "qwen2-standard": ("cpu", {"model_type": "qwen2", "tie_word_embeddings": False}),
     "qwen3-primitive": ("jetson-orin@jetpack6.2", {"model_type": "qwen3"}),

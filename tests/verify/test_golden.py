@@ -20,7 +20,7 @@ from edgeattn.verify.golden import Golden
 @pytest.fixture(scope="module")
 def golden() -> Golden:
     rng = np.random.default_rng(0)
-    names = ("sequence.0.logits", "ragged.present.0.key", "sequence.hidden.1")
+    names = ("sequence.0.logits", "ragged.present.0.key", "sequence.0.hidden.1")
     expected = {name: rng.standard_normal((4, 6)).astype(np.float32) for name in names}
     return Golden(build_cases(16, 64), expected, {name: 1e-3 for name in names})
 
