@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeattn.errors import CheckpointError
-from edgeattn.models.families import parameter_names, shape_from_config
+from edgeattn.models.families import LM_HEAD, parameter_names, shape_from_config
 from edgeattn.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -212,6 +212,20 @@ class SafetensorsReader:
                     expected=f"tensor {stored} in one of {', '.join(_DTYPES)}",
                     came=f"it is stored as {dtype}",
                     todo="start from the unquantised checkpoint",
+                )
+        self._refuse_unread(shape)
+
+    def _refuse_unread(self, shape: ModelShape) -> None:
+        """A weight that nothing reads means another architecture: the numbers would be wrong."""
+        read = {self._stored_name(name) for name in parameter_names(shape)}
+        for name in self.files:
+            # Old checkpoints carry the frequencies; a tied head may be stored a second time.
+            known = name.endswith("rotary_emb.inv_freq") or name == LM_HEAD
+            if name not in read and not known:
+                raise CheckpointError(
+                    expected=f"only weights that a {shape.family} of {shape.num_layers} layers has",
+                    came=f"the checkpoint also holds {name}",
+                    todo="use the config.json that belongs to these weights",
                 )
 
     def read(self, name: str) -> torch.Tensor:

@@ -110,6 +110,15 @@ def _refuse_unsupported(family: Family, config: Mapping[str, Any]) -> None:
             came=f"hidden_act is {activation!r}",
             todo="use a checkpoint with a SwiGLU MLP",
         )
+    rotated = _rope_parameters(config).get(
+        "partial_rotary_factor", config.get("partial_rotary_factor")
+    )
+    if rotated not in (None, 1):
+        raise CheckpointError(
+            expected="rotary positions over the whole head",
+            came=f"partial_rotary_factor is {rotated!r}",
+            todo="use a checkpoint without it",
+        )
     for key, what in family.unsupported.items():
         if config.get(key):
             raise CheckpointError(

@@ -36,18 +36,10 @@ def _cl100k(digits: str) -> str:
 _GPT2 = PreTokenizer()
 _STARCODER = PreTokenizer(digits=True)
 _LLAMA3 = PreTokenizer(_cl100k(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
-_TEKKEN = PreTokenizer(
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ignore_merges=True,
-    adds_bos=True,
-)
 
 # `tokenizer.ggml.pre` -> the pre-tokenizer in the tokenizer.json that name was given to. Only names
 # whose original is known: a wrong guess gives ids that are almost right.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "default": _GPT2,
     "gpt-2": _GPT2,
     "smollm": _STARCODER,
     "starcoder": _STARCODER,
@@ -56,5 +48,4 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "qwen2": PreTokenizer(_cl100k(r"\p{N}"), nfc=True),
-    "tekken": _TEKKEN,
 }

@@ -132,7 +132,7 @@ def _build(metadata: Metadata, vocabulary: _Vocabulary) -> tuple[Tokenizer, bool
 
 
 def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
-    name = metadata.text(_PREFIX + "pre", "default")
+    name = metadata.text(_PREFIX + "pre", "missing")
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(
             expected=f"a pre-tokenizer among {', '.join(PRE_TOKENIZERS)}",
