@@ -82,7 +82,7 @@ def test_environment_has_no_torch(light):
 
 
 def test_every_light_module_imports(light):
-    """Only the export half, and the proof's reference, may need more than the light install holds."""
+    """Only the export half and the proof's reference may need more than is installed."""
     program = """
 import importlib, pkgutil, edgeattn
 for name in "bundle", "cli", "devices", "engine", "planner", "runtime", "verify":

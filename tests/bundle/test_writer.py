@@ -167,7 +167,8 @@ with open_writer(Path(sys.argv[1]), force=True) as writer:
         die()
     rename = Path.rename
     if sys.argv[2] == "between":
-        Path.rename = lambda self, to: die() if self.name.endswith(".edgeattn-unfinished") else rename(self, to)
+        ends = lambda path: path.name.endswith(".edgeattn-unfinished")
+        Path.rename = lambda self, to: die() if ends(self) else rename(self, to)
     if sys.argv[2] == "renamed":
         Path.unlink = die
     writer.commit()
