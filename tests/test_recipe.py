@@ -12,7 +12,9 @@ from edgeattn.recipe import Recipe, read_recipe
 
 def test_toml_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
-    file.write_text('target = "jetson-orin@jetpack6.2"\nquant = "w4-rtn:group=128"\ncontext = 2048\n')
+    file.write_text(
+        'target = "jetson-orin@jetpack6.2"\nquant = "w4-rtn:group=128"\ncontext = 2048\n'
+    )
     recipe = Recipe.from_dict(read_recipe(file))
     assert recipe == Recipe("jetson-orin@jetpack6.2", "w4-rtn:group=128", context=2048)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
