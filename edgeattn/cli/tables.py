@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import click
+
 
 def print_verification(verification: Mapping[str, Any], *, error_stream: bool = False) -> None:
     """Prints, for each implementation, the worst tensor of each kind against its bound.
@@ -20,8 +22,7 @@ def print_verification(verification: Mapping[str, Any], *, error_stream: bool = 
     console = Console(stderr=error_stream)
     for agreement in verification["agreements"]:
         table = Table(box=box.SIMPLE, title=f"torch reference = {agreement['backend']}")
-        table.add_column("worst of")
-        table.add_column("tensor")
+        table.add_column("worst of", no_wrap=True)
         for heading in ("error", "plain torch", "allowed"):
             table.add_column(heading, justify="right")
         table.add_column("")
@@ -30,13 +31,13 @@ def print_verification(verification: Mapping[str, Any], *, error_stream: bool = 
             row = rows[tensor]
             keys = ("error", "low_precision_error", "allowed")
             figures = (f"{float(row[key]):.2e}" for key in keys)
-            table.add_row(group, tensor, *figures, "ok" if row["passed"] else "FAILED")
+            table.add_row(group, *figures, "ok" if row["passed"] else "FAILED")
         console.print(table)
         same, kl = agreement["top1_agreement"], float(agreement["kl"])
         console.print(f"same most likely token {same:.1%}, KL {kl:.1e} nats")
         if agreement["first_bad"]:
             console.print(f"the first error is in {agreement['first_bad']}")
-    console.print(_tensorrt_line(verification["tensorrt"]), markup=False, highlight=False)
+    click.echo(_tensorrt_line(verification["tensorrt"]), err=error_stream)
 
 
 def _tensorrt_line(report: Mapping[str, Any] | None) -> str:

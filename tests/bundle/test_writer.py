@@ -213,3 +213,40 @@ def test_another_running_export_is_left_alone(tmp_path: Path) -> None:
         renamed.rename(running)
     assert names(tmp_path) == ["bundle"]
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "second"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_is_kept(tmp_path: Path, force: bool) -> None:
+    def race() -> None:
+        with open_writer(tmp_path / "bundle", force=force) as writer:
+            writer.write("manifest.json", "{}")
+            (tmp_path / "bundle").mkdir()
+            (tmp_path / "bundle" / "data.txt").write_text("precious")
+            writer.commit()
+
+    with pytest.raises(BundleError, match="something that is no bundle is there"):
+        race()
+    assert names(tmp_path) == ["bundle"]
+    assert (tmp_path / "bundle" / "data.txt").read_text() == "precious"
+
+
+def test_two_exports_to_one_place_do_not_replace_each_other(tmp_path: Path) -> None:
+    def race() -> None:
+        with open_writer(tmp_path / "bundle") as writer:
+            writer.write("manifest.json", "second")
+            write(tmp_path / "elsewhere", "first")
+            (tmp_path / "elsewhere").rename(tmp_path / "bundle")
+            writer.commit()
+
+    with pytest.raises(BundleError, match="a bundle is already there"):
+        race()
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "first"
+
+
+@pytest.mark.parametrize("name", [".bundle.old", ".bundle.notes.tmp", ".bundle.edgeattn-replaced"])
+def test_folders_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("precious")
+    write(tmp_path / "bundle")
+    assert names(tmp_path) == [name, "bundle"]
+    assert (tmp_path / name / "mine.txt").read_text() == "precious"

@@ -232,6 +232,18 @@ def test_a_missing_tensor(copy: Path, refused: Callable[..., str]) -> None:
     refused(copy, f"a tensor {Q_PROJ}", "no file of the checkpoint holds it")
 
 
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.x"])
+def test_a_weight_that_nothing_reads(copy: Path, refused: Callable[..., str], extra: str) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, extra: np.zeros(64, np.float32)}, copy / "model.safetensors")
+    refused(copy, f"also holds {extra}")
+
+
+def test_a_partial_rotation(copy: Path, refused: Callable[..., str]) -> None:
+    change_config(copy, partial_rotary_factor=0.5)
+    refused(copy, "partial_rotary_factor is 0.5")
+
+
 def test_integers_for_weights(copy: Path, refused: Callable[..., str]) -> None:
     change_tensors(copy, **{Q_PROJ: np.ones((64, 64), np.int8)})
     refused(copy, Q_PROJ, "it is stored as I8", "unquantised checkpoint")

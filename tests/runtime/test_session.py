@@ -106,6 +106,8 @@ def test_fp16_cache_and_logits_of_the_last_position(export_stories, stories):
     assert session.cache_bytes(step.state) * 2 == stories.cache_bytes(stories.run([ROW[:5]]).state)
     logits = session.run([ROW[5:]], step.state).logits[0, -1]
     np.testing.assert_allclose(logits, stories.run([ROW]).logits[0, -1], atol=0.05)
+    with pytest.raises(RuntimeInputError, match="row 1 ends in padding"):
+        session.run([[1, 2], [1, 2]], attention_mask=[[1, 1], [1, 0]])
 
 
 @pytest.mark.parametrize(
