@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,15 @@ class Distributions:
     tree: Path
     sdist: Path
     wheel: Path  # built from the sdist
+
+
+def pytest_configure() -> None:
+    """Lets tests send Ctrl-C to the processes they start, also when this one runs in background.
+
+    A shell starts background jobs with SIGINT ignored, and every child inherits that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
