@@ -402,6 +402,8 @@ def test_sentencepiece_defaults_are_those_of_llama_cpp() -> None:
 REFUSALS: dict[str, tuple[Metadata, str]] = {
     "model": (bpe_metadata(model="bert"), "'bert'"),
     "pre-tokenizer": (bpe_metadata(pre="chatglm-bpe"), "'chatglm-bpe'"),
+    "default pre-tokenizer": (bpe_metadata(pre="default"), "'default'"),
+    "no pre-tokenizer": (bpe_metadata(pre=None), "'missing'"),
     "no tokens": (bpe_metadata(tokens=None), "tokenizer.ggml.tokens"),
     "empty tokens": (bpe_metadata(tokens=[]), "token"),
     "tokens of numbers": (bpe_metadata(tokens=[1, 2]), "list of strings"),
