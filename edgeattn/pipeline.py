@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import time
@@ -14,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.genai import genai_config
-from edgeattn.bundle.manifest import SCHEMA_VERSION, Manifest, TargetRecord, VerificationRecord
+from edgeattn.bundle.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    TargetRecord,
+    VerificationRecord,
+    tool_versions,
+)
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import BundleError, EdgeattnError, MissingDependencyError
+from edgeattn.errors import BundleError, MissingDependencyError
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
@@ -30,15 +35,6 @@ if TYPE_CHECKING:
     from edgeattn.verify.verify import Verification
 
 Progress = Callable[[str, int, int], None]
-
-# Distributions whose versions decide what an export contains.
-_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13")
-
-# What the proof runs through the model: a text of ours, long enough for every case.
-_PROOF_TEXT = (
-    "A bridge is proven by the load it carries, and a model by the tokens it predicts: "
-    "the same numbers must come out of every runtime, on 2 cores or 2048, or one is wrong."
-)
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,7 @@ def _export(
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
     from edgeattn.models.checkpoint import open_checkpoint
+    from edgeattn.verify.verify import prove
 
     clock = _Clock(progress)
     clock.start("reading the checkpoint")
@@ -145,7 +142,14 @@ def _export(
     verification = None
     if verify:
         clock.start("proving the bundle")
-        verification = _prove(model, tokens, lowering, writer, progress)
+        verification = prove(
+            model,
+            lowering,
+            writer.path / layout.MODEL,
+            writer.path / layout.GOLDEN,
+            tokens=tokens,
+            progress=progress,
+        )
     clock.stop()
     report = ExportReport(output, lowering, graph, verification, clock.seconds)
     _write_report(writer, checkpoint, recipe, report)
@@ -231,53 +235,10 @@ def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
     return quantize(model_of(checkpoint), lowering.scheme, scale_dtype=scale_dtype)
 
 
-def _prove(
-    model: Model,
-    tokens: list[int] | None,
-    lowering: Lowering,
-    writer: BundleWriter,
-    progress: Progress | None,
-) -> Verification:
-    from edgeattn.verify.verify import (
-        Verification,
-        check_onnxruntime,
-        check_tensorrt,
-        record_golden,
-    )
-
-    golden = record_golden(model, lowering, tokens=tokens, progress=progress)
-    golden.save(writer.path / layout.GOLDEN)
-    model_file = writer.path / layout.MODEL
-    agreement = check_onnxruntime(
-        model_file,
-        golden,
-        lowering,
-        num_layers=model.shape.num_layers,
-        progress=progress,
-    )
-    Verification((agreement,), None).raise_if_failed()
-    tensorrt = check_tensorrt(model_file, lowering, model.shape, progress=progress)
-    verification = Verification((agreement,), tensorrt)
-    verification.raise_if_failed()
-    return verification
-
-
 def _proof_tokens(checkpoint: Checkpoint) -> list[int] | None:
-    """Ids of our text in the checkpoint's tokenizer, None when it has no usable one."""
-    if layout.TOKENIZER not in checkpoint.text:
-        return None
-    from tokenizers import Tokenizer
+    from edgeattn.verify.cases import text_tokens
 
-    try:
-        tokenizer = Tokenizer.from_buffer(checkpoint.text[layout.TOKENIZER])
-    except Exception as error:  # the library raises bare Exception for any malformed file
-        raise EdgeattnError(
-            expected="a tokenizer.json that the tokenizers library reads",
-            came=str(error),
-            todo="repair the checkpoint's tokenizer.json or remove it",
-        ) from error
-    ids: list[int] = tokenizer.encode(_PROOF_TEXT, add_special_tokens=False).ids
-    return [i for i in ids if i < checkpoint.shape.vocab_size] or None
+    return text_tokens(checkpoint.text.get(layout.TOKENIZER), checkpoint.shape.vocab_size)
 
 
 def _write_text_files(writer: BundleWriter, checkpoint: Checkpoint, lowering: Lowering) -> None:
@@ -324,7 +285,7 @@ def _write_manifest(
     tensorrt = verification.tensorrt if verification else None
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        tools=_tool_versions(),
+        tools=tool_versions(),
         source={"name": checkpoint.name, **checkpoint.identity},
         recipe=recipe.to_dict(),
         lowering=report.lowering.to_dict(),
@@ -348,16 +309,6 @@ def _write_manifest(
 
 def _tensorrt_status(status: str | None) -> Any:
     return status if status is not None else "not applicable"
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {"edgeattn": __version__}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _require_export_extra() -> None:

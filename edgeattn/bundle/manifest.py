@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from edgeattn import __version__
 from edgeattn.errors import BundleError
 
 SCHEMA_VERSION = 1
+# Distributions whose versions decide what an export contains.
+_TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "gguf",
+    "safetensors",
+    "tokenizers",
+    "onnxruntime",
+    "tensorrt-rtx-cu13",
+)
 
 
 def _plain_path(name: str) -> str:
@@ -99,6 +114,15 @@ class Manifest(_Record):
     def to_json(self) -> str:
         """Readable JSON, keys in the order of this class."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of edgeattn and of the installed libraries that write a bundle."""
+    versions = {"edgeattn": __version__}
+    for name in _TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def parse_manifest(text: str | bytes, where: str) -> Manifest:

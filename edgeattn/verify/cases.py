@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn.errors import CheckpointError
+
 PREFILL_TOKENS = 17
 DECODE_STEPS = 16
+_TEXT = (
+    "A bridge is proven by the load it carries, and a model by the tokens it predicts: "
+    "the same numbers must come out of every runtime, on 2 cores or 2048, or one is wrong."
+)
 RAGGED_LENGTHS = (11, 6)
 RAGGED_STEPS = 2
 
@@ -60,6 +66,32 @@ def build_cases(
     if max(RAGGED_LENGTHS) + RAGGED_STEPS <= context:
         cases.append(_ragged_case(rest))
     return tuple(cases)
+
+
+def text_tokens(tokenizer_json: bytes | None, vocab_size: int) -> list[int] | None:
+    """Ids of the text the proof runs, None without a tokenizer.
+
+    Args:
+        tokenizer_json: content of tokenizer.json.
+        vocab_size: ids beyond the embedding are left out.
+
+    Raises:
+        CheckpointError: the tokenizers library does not read the file.
+    """
+    if tokenizer_json is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    except Exception as error:  # the library raises bare Exception for any malformed file
+        raise CheckpointError(
+            expected="a tokenizer.json that the tokenizers library reads",
+            came=str(error),
+            todo="repair the checkpoint's tokenizer.json or remove it",
+        ) from error
+    ids: list[int] = tokenizer.encode(_TEXT, add_special_tokens=False).ids
+    return [i for i in ids if i < vocab_size] or None
 
 
 def _token_ids(vocab_size: int, count: int, tokens: Sequence[int] | None) -> NDArray[np.int64]:

@@ -107,6 +107,41 @@ def record_golden(
     return Golden(cases, expected, errors)
 
 
+def prove(
+    model: Model,
+    lowering: Lowering,
+    model_file: Path,
+    golden_file: Path,
+    *,
+    tokens: Sequence[int] | None,
+    progress: Progress | None = None,
+) -> Verification:
+    """The whole proof of a fresh export; its golden vectors are written for later ones.
+
+    Args:
+        model: transformed and quantised as the recipe says.
+        lowering: what was decided.
+        model_file: the exported graph, its weights beside it.
+        golden_file: where the golden vectors go.
+        tokens: ids of a text to run, None for random ones.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ProofError: ONNX Runtime disagrees with torch, or TensorRT refuses the graph.
+    """
+    golden = record_golden(model, lowering, tokens=tokens, progress=progress)
+    golden.save(golden_file)
+    layers = model.shape.num_layers
+    agreement = check_onnxruntime(
+        model_file, golden, lowering, num_layers=layers, progress=progress
+    )
+    Verification((agreement,), None).raise_if_failed()
+    tensorrt = check_tensorrt(model_file, lowering, model.shape, progress=progress)
+    verification = Verification((agreement,), tensorrt)
+    verification.raise_if_failed()
+    return verification
+
+
 def check_onnxruntime(
     model_file: Path,
     golden: Golden,
