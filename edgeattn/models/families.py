@@ -1,7 +1,7 @@
 """Model families as data: how a family's config and tensors map onto the one decoder.
 
-Adding a family that this decoder can express is one entry in `FAMILIES`. No torch here: `plan` and
-`doctor` read shapes on machines without it.
+Adding a family that this decoder can express is one entry in `FAMILIES`. No torch here: a
+dry run reads shapes on machines without it.
 """
 
 from __future__ import annotations
