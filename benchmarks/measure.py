@@ -34,6 +34,7 @@ class Usage:
 def run_process(command: Sequence[str], env: Mapping[str, str] | None = None) -> Usage:
     """Runs a command, its output thrown away, and asks the kernel what it used."""
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+    os.sync()  # what an earlier run wrote is on the disk before this one starts
     start = time.perf_counter()
     process = os.posix_spawnp(command[0], command, {**os.environ, **(env or {})}, file_actions=null)
     _, status, usage = os.wait4(process, 0)

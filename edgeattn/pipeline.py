@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +107,7 @@ def export(
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     _require_export_extra()
-    with open_writer(output, force=force) as writer:
+    with _rare_collections(), open_writer(output, force=force) as writer:
         return _export(model, recipe, target, lowering, writer, output, verify, progress)
 
 
@@ -326,6 +328,21 @@ def _require_export_extra() -> None:
 
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Looks for garbage less often.
+
+    Importing and running torch's exporter makes millions of objects that live to the end; searching
+    them every 700 allocations was measured at a fifth of an export's time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Clock:

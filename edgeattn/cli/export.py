@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,8 @@ def command(
     The bundle is proven before it appears: the torch model of the same recipe against ONNX Runtime
     on the bundle's own file, and TensorRT's parser and builder where edgeattn[rtx] is installed.
     """
+    # The interpreter would search everything torch made for garbage once more before it ends.
+    atexit.register(gc.freeze)
     from edgeattn.cli.progress import show_progress
     from edgeattn.cli.tables import print_verification
     from edgeattn.errors import ProofError
