@@ -180,23 +180,20 @@ def verify_bundle(
     """
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.bundle.graph import read_graph
-    from edgeattn.verify.verify import Verification, check_onnxruntime, check_tensorrt
+    from edgeattn.verify.verify import check
 
     bundle = Bundle.open(path)
     read_graph(bundle)
     lowering = Lowering.from_dict(bundle.manifest.lowering)
     golden = _golden_of(bundle, lowering, checkpoint, progress)
-    agreement = check_onnxruntime(
+    return check(
         bundle.model_file,
         golden,
         lowering,
-        num_layers=bundle.shape.num_layers,
+        bundle.shape,
+        tensorrt=tensorrt,
         progress=progress,
     )
-    built = None
-    if tensorrt and agreement.passed:
-        built = check_tensorrt(bundle.model_file, lowering, bundle.shape, progress=progress)
-    return Verification((agreement,), built)
 
 
 def _golden_of(

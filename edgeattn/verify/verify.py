@@ -131,15 +131,37 @@ def prove(
     """
     golden = record_golden(model, lowering, tokens=tokens, progress=progress)
     golden.save(golden_file)
-    layers = model.shape.num_layers
-    agreement = check_onnxruntime(
-        model_file, golden, lowering, num_layers=layers, progress=progress
-    )
-    Verification((agreement,), None).raise_if_failed()
-    tensorrt = check_tensorrt(model_file, lowering, model.shape, progress=progress)
-    verification = Verification((agreement,), tensorrt)
+    verification = check(model_file, golden, lowering, model.shape, progress=progress)
     verification.raise_if_failed()
     return verification
+
+
+def check(
+    model_file: Path,
+    golden: Golden,
+    lowering: Lowering,
+    shape: ModelShape,
+    *,
+    tensorrt: bool = True,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares a graph with golden vectors; where they agree, TensorRT-RTX parses and builds it.
+
+    Args:
+        model_file: the graph, its weights beside it.
+        golden: what it must reproduce.
+        lowering: what was decided when it was exported.
+        shape: of the model.
+        tensorrt: whether to ask TensorRT-RTX, where the target has a TensorRT.
+        progress: called with (stage, done, total).
+    """
+    agreement = check_onnxruntime(
+        model_file, golden, lowering, num_layers=shape.num_layers, progress=progress
+    )
+    built = None
+    if tensorrt and agreement.passed:
+        built = check_tensorrt(model_file, lowering, shape, progress=progress)
+    return Verification((agreement,), built)
 
 
 def check_onnxruntime(
