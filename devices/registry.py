@@ -47,7 +47,7 @@ class Target:
     @property
     def flavour(self) -> Flavour:
         """The engine edgeattn builds for this target."""
-        return self.device.flavour
+        return self.software.stack.engine
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
@@ -140,7 +140,7 @@ def load_registry(extra: Path | None = None) -> Registry:
     software: dict[str, Software] = {}
     for folder in folders:
         if (folder / _SOFTWARE_FILE).is_file():
-            software.update(_read_software(folder / _SOFTWARE_FILE))
+            software = _read_software(folder / _SOFTWARE_FILE, software)
     devices: dict[str, Device] = {}
     for folder in folders:
         for device in _read_devices(folder, software):
@@ -169,6 +169,11 @@ def all_devices() -> tuple[Device, ...]:
     return tuple(_shipped().devices.values())
 
 
+def all_software() -> tuple[Software, ...]:
+    """All software stacks, as they stand in the file."""
+    return tuple(_shipped().software.values())
+
+
 def all_targets() -> tuple[Target, ...]:
     """Every device with every software stack it runs."""
     registry = _shipped()
@@ -179,13 +184,32 @@ def all_targets() -> tuple[Target, ...]:
     )
 
 
-def _read_software(file: Traversable) -> dict[str, Software]:
-    tables = _read_toml(file)
-    out: dict[str, Software] = {}
-    for name, table in tables.items():
+def _read_software(file: Traversable, known: dict[str, Software]) -> dict[str, Software]:
+    out = dict(known)
+    for name, table in _read_toml(file).items():
         content = {"name": name, **table} if isinstance(table, dict) else {"name": name}
+        graph: Any = content.get("graph")
+        if isinstance(graph, dict):
+            content["graph"] = _with_inherited(graph, out, file, f"{name}.graph.like")
         out[name] = _validate(Software, content, file, prefix=f"{name}.")
     return out
+
+
+def _with_inherited(
+    graph: dict[str, Any], known: dict[str, Software], file: Traversable, field: str
+) -> dict[str, Any]:
+    """The graph rules with those of the stack that `like` names underneath, sources joined."""
+    own = dict(graph)
+    like = own.pop("like", None)
+    if like is None:
+        return own
+    if not isinstance(like, str) or like not in known:
+        raise _broken(file, field, f"no software '{like}' is described further up")
+    base = known[like].graph
+    source = own.get("source")
+    if isinstance(source, str) and source.strip():
+        own["source"] = f"{source}; the rest as {like}: {base.source}"
+    return {**base.model_dump(exclude={"source"}), **own}
 
 
 def _read_devices(folder: Traversable, software: dict[str, Software]) -> Iterator[Device]:

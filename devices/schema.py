@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.types import Strict
 
-Kind = Literal["jetson", "datacenter", "geforce", "cpu"]
+Kind = Literal["jetson", "datacenter", "workstation", "geforce", "cpu"]
 Flavour = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 WeightBits = Literal[4, 8]
@@ -44,16 +44,25 @@ class Gpu(Sourced):
 
 
 class Memory(Sourced):
-    """Memory the GPU can use; `shared_with_cpu` when the operating system takes its part of it."""
+    """Memory the GPU can use; `shared_with_cpu` when the operating system takes its part of it.
+
+    `mode` is the power mode the bandwidth holds in, None where it holds in all.
+    """
 
     total_gb: Figure
     shared_with_cpu: bool
     bandwidth_gb_s: Figure
+    mode: Text | None = None
 
 
 class Peak(Sourced):
-    """Peak dense rates in 10^12 operations per second; a rate that is not published is absent."""
+    """Peak dense rates in 10^12 operations per second; a rate that is not published is absent.
 
+    fp16, bf16 and fp8 accumulate in fp32, which halves their rate on GeForce. `mode` is the power
+    mode the rates hold in, None where there is but one.
+    """
+
+    mode: Text | None = None
     fp32: Figure | None = None
     fp16: Figure | None = None
     bf16: Figure | None = None
@@ -96,7 +105,7 @@ class Weights(Sourced):
 
 
 class SoftwareChoice(Sourced):
-    """Software stacks this device can run, and the engine edgeattn builds for it."""
+    """Software stacks this device can run, and the engine edgeattn builds for the default one."""
 
     flavour: Flavour
     allowed: OneOrMore[Name]
@@ -136,13 +145,21 @@ class Device(_Record):
 
     @property
     def flavour(self) -> Flavour:
-        """The engine edgeattn builds for this device."""
+        """The engine edgeattn builds for this device with its default software."""
         return self.software.flavour
 
     @model_validator(mode="after")
     def _gpu_facts_are_there(self) -> Device:
         if self.kind != "cpu" and (self.gpu is None or self.memory is None or self.peak is None):
             raise ValueError(f"a {self.kind} device needs the groups gpu, memory and peak")
+        return self
+
+    @model_validator(mode="after")
+    def _modes_can_be_chosen(self) -> Device:
+        modes = [mode.name for mode in self.power.modes] if self.power else []
+        for group in (self.memory, self.peak):
+            if group is not None and group.mode is not None and group.mode not in modes:
+                raise ValueError(f"'{group.mode}' is not among the power modes")
         return self
 
 
