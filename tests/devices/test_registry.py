@@ -42,11 +42,17 @@ def with_file(folder: Path, name: str, text: str) -> Registry:
 def test_every_target_file_is_a_device() -> None:
     stems = {f.name[:-5] for f in files("edgeattn.devices").iterdir() if f.name.endswith(".toml")}
     assert stems - {"software"} == set(device_names())
-    assert {"cpu", "jetson-orin-agx-64gb", "l4", "t4"} <= set(device_names())
+    assert len(stems) == 22
 
 
 def test_names_and_aliases_are_unique() -> None:
     assert len(NAMES) == len(set(NAMES))
+
+
+def test_each_compute_capability_is_an_alias_of_a_target_that_has_it() -> None:
+    sms = {device.sm for device in all_devices() if device.gpu}
+    assert {name for name in NAMES if name.startswith("sm")} == {f"sm{sm}" for sm in sms}
+    assert all(parse_target(f"sm{sm}").device.sm == sm for sm in sms)
 
 
 @pytest.mark.parametrize("target", all_targets(), ids=lambda target: target.name)
@@ -65,8 +71,8 @@ def test_target_is_consistent(target: Target) -> None:
     assert target.flavour == target.software.stack.engine
     assert target.opset(int4=True) >= 21
     # a parser that knows the standard ops reads at least opset 23, an older one must not get them
-    standard = target.software.graph.operators == "standard"
-    assert standard == (target.opset(int4=False) >= 23)
+    primitive = target.software.graph.operators == "primitive"
+    assert primitive == (target.opset(int4=False) < 23)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,23 @@ def test_target_is_consistent(target: Target) -> None:
         (" SM87 ", "jetson-orin-agx-64gb@jetpack7.2"),
         ("l4", "l4@trt11"),
         ("sm75@trt10.13", "t4@trt10.13"),
+        ("sm80", "a100@trt11"),
+        ("sm86", "a10@trt11"),
+        ("sm89", "l4@trt11"),
+        ("sm90", "h100@trt11"),
+        ("sm100", "b200@trt11"),
+        ("sm110", "jetson-thor-t5000@jetpack7.2"),
+        ("sm120", "rtx-5090@rtx1.7"),
+        ("sm121", "dgx-spark@trt11"),
+        ("RTX4090", "rtx-4090@rtx1.7"),
+        ("rtx-4090@trt11", "rtx-4090@trt11"),
+        ("jetson-thor", "jetson-thor-t5000@jetpack7.2"),
+        ("thor", "jetson-thor-t5000@jetpack7.2"),
+        ("jetson-orin-nx@jetpack6.2", "jetson-orin-nx-16gb@jetpack6.2"),
+        ("orin-nano", "jetson-orin-nano-8gb@jetpack7.2"),
+        ("jetson-orin-nano", "jetson-orin-nano-8gb@jetpack7.2"),
+        ("orin-agx", "jetson-orin-agx-64gb@jetpack7.2"),
+        ("spark", "dgx-spark@trt11"),
     ],
 )
 def test_parse_target(text: str, name: str) -> None:
@@ -104,6 +127,10 @@ def test_facts_the_planner_relies_on() -> None:
         ("jetson-orn", "jetson-orin"),
         ("l4@jetpack6.2", "trt11"),
         ("l4@trt12", "trt11"),
+        ("orin-nono", "orin-nano"),
+        ("jetson-thor@jetpack6.2", "choose jetpack7.2"),
+        ("dgx-spark@trt10.13", "choose trt10.14"),
+        ("h100@rtx1.7", "made for other devices"),
         ("zzz", "known are"),
         ("", "NAME@SOFTWARE"),
         ("@trt11", "NAME@SOFTWARE"),
@@ -150,6 +177,49 @@ def test_new_software_comes_with_the_folder(tmp_path: Path) -> None:
     board = shipped("jetson-orin-agx-64gb.toml").replace("jetpack6.2", "jetpack6.3")
     registry = with_file(tmp_path, "jetson-orin-agx-64gb.toml", board)
     assert registry.parse_target("jetson-orin@jetpack6.3").software.stack.version == "10.3"
+
+
+def inherited(folder: Path, rules: str) -> Registry:
+    stack = '[trt12]\ndescription = "new"\n[trt12.stack]\nengine = "tensorrt"\nversion = "12"\n'
+    text = f'{stack}source = "https://example.org"\n[trt12.graph]\n{rules}\n'
+    return with_file(folder, "software.toml", text)
+
+
+def test_graph_rules_can_be_like_those_of_another_stack(tmp_path: Path) -> None:
+    ours = parse_target("l4@trt11").software.graph
+    rules = 'like = "trt11"\nopset = 24\nsource = "the guide of TensorRT 12"'
+    graph = inherited(tmp_path, rules).software["trt12"].graph
+    assert graph.model_dump(exclude={"source"}) == {
+        **ours.model_dump(exclude={"source"}),
+        "opset": 24,
+    }
+    assert graph.source == f"the guide of TensorRT 12; the rest as trt11: {ours.source}"
+
+
+@pytest.mark.parametrize(
+    ("rules", "field"),
+    [
+        ('like = "trt12"\nsource = "the guide"', "trt12.graph.like"),
+        ('like = "trt13"\nsource = "the guide"', "trt12.graph.like"),
+        ('like = ["trt11"]\nsource = "the guide"', "trt12.graph.like"),
+        ('like = "trt11"', "trt12.graph.source"),
+        ('like = "trt11"\nsource = " "', "trt12.graph.source"),
+        ('like = "trt11"\nsource = "the guide"\nopset = 99', "trt12.graph.opset"),
+        ('like = "trt11"\nsource = "the guide"\nopsets = 23', "trt12.graph.opsets"),
+    ],
+)
+def test_wrong_inheritance_is_refused(tmp_path: Path, rules: str, field: str) -> None:
+    with pytest.raises(EdgeattnError, match=rf"software\.toml, {field}"):
+        inherited(tmp_path, rules)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("total_gb = 24", 'total_gb = 24\nmode = "MAXN"'), ("fp32 = 30.3", 'mode = "MAXN"')],
+)
+def test_a_power_mode_that_cannot_be_chosen_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(EdgeattnError, match="'MAXN' is not among the power modes"):
+        with_file(tmp_path, "l4.toml", shipped("l4.toml").replace(old, new))
 
 
 @pytest.mark.parametrize(
