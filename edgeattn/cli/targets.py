@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edgeattn.devices.registry import Target
-    from edgeattn.devices.schema import Device
+    from edgeattn.devices.schema import Device, Software
 
 _EPILOG = """\b
 Examples:
@@ -27,25 +27,28 @@ Examples:
 def command(name: str | None, as_json: bool) -> None:
     """List the targets, or the facts of one with their sources."""
     # not at the top: `edgeattn --help` must not wait for pydantic and rich
-    from edgeattn.devices.registry import all_devices, parse_target
+    from edgeattn.devices.registry import all_devices, all_software, parse_target
 
     target = parse_target(name) if name else None
     if as_json:
-        facts = (
-            _target_facts(target)
-            if target
-            else {"targets": [device.model_dump(mode="json") for device in all_devices()]}
-        )
+        facts = _target_facts(target) if target else _all_facts(all_devices(), all_software())
         click.echo(json.dumps(facts, indent=2))
         return
     from rich.console import Console
 
     console = Console()
     if target is None:
-        console.print(_overview(all_devices()))
+        console.print(_overview(all_devices()), _software_list(all_software()))
         return
     console.print(f"{target.name}: {target.device.description}", markup=False, highlight=False)
     console.print(_fact_table(target))
+
+
+def _all_facts(devices: tuple[Device, ...], software: tuple[Software, ...]) -> dict[str, Any]:
+    return {
+        "targets": [device.model_dump(mode="json") for device in devices],
+        "software": [stack.model_dump(mode="json") for stack in software],
+    }
 
 
 def _target_facts(target: Target) -> dict[str, Any]:
@@ -57,31 +60,42 @@ def _target_facts(target: Target) -> dict[str, Any]:
 
 
 def _overview(devices: tuple[Device, ...]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False, caption="the first software is the default")
-    for title in ("target", "sm", "memory", "software", "engine", "aliases"):
-        table.add_column(title, no_wrap=title in ("target", "memory"), overflow="fold")
+    table = _plain_table("* shared with the CPU; +N: further software, see edgeattn targets NAME")
+    for title in ("target", "sm", "memory", "software"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("aliases")
     for device in devices:
-        first = device.software.default
-        others = [name for name in reversed(device.software.allowed) if name != first]
+        further = len(device.software.allowed) - 1
         table.add_row(
             device.name,
             str(device.sm or "-"),
             _memory(device),
-            "\n".join([first, *others]),
-            device.flavour,
-            "\n".join(device.aliases) or "-",
+            device.software.default + (f" +{further}" if further else ""),
+            ", ".join(device.aliases) or "-",
         )
     return table
+
+
+def _software_list(software: tuple[Software, ...]) -> Table:
+    table = _plain_table("choose with NAME@SOFTWARE")
+    table.add_column("software", no_wrap=True)
+    table.add_column("what is installed")
+    for stack in software:
+        table.add_row(stack.name, stack.description)
+    return table
+
+
+def _plain_table(caption: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE, pad_edge=False, caption=caption, caption_justify="left")
 
 
 def _memory(device: Device) -> str:
     if device.memory is None:
         return "-"
-    shared = "\nshared" if device.memory.shared_with_cpu else ""
-    return f"{device.memory.total_gb:g} GB{shared}"
+    return f"{device.memory.total_gb:g} GB{'*' if device.memory.shared_with_cpu else ''}"
 
 
 def _fact_table(target: Target) -> Table:
