@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,12 @@ class ExportReport:
         }
 
 
-def default_output(model: Path, recipe: Recipe) -> Path:
+def default_output(model: str | Path, recipe: Recipe) -> Path:
     """`./<model>-<target>-<quant>`, and what else differs from the defaults."""
-    from edgeattn.models.checkpoint import checkpoint_name
+    from edgeattn.models.hub import model_name
 
     target = parse_target(recipe.target)
-    parts = [checkpoint_name(model), target.device.name]
+    parts = [model_name(model), target.device.name]
     if target.software.name != target.device.software.default:
         parts.append(target.software.name)
     parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
@@ -83,10 +83,11 @@ def default_output(model: Path, recipe: Recipe) -> Path:
 
 
 def export(
-    model: Path,
+    model: str | Path,
     recipe: Recipe,
     output: Path,
     *,
+    offline: bool = False,
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -94,9 +95,10 @@ def export(
     """Exports a checkpoint to a proven bundle; the bundle appears whole or not at all.
 
     Args:
-        model: Hugging Face directory or GGUF file.
+        model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
         recipe: what is asked for.
         output: where the bundle shall appear.
+        offline: take a hub id from the cache alone.
         verify: prove the bundle before it appears; False is written into the manifest.
         force: replace a bundle at `output`.
         progress: called with (stage, done, total).
@@ -104,31 +106,34 @@ def export(
     Raises:
         EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
     """
+    from edgeattn.models.hub import find_hub_id, open_model, read_model_shape
+
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     _require_export_extra()
+    clock = _Clock(progress)
     with _rare_collections(), open_writer(output, force=force) as writer:
-        return _export(model, recipe, target, lowering, writer, output, verify, progress)
+        clock.start("reading the checkpoint")
+        if find_hub_id(model):  # what cannot be exported is refused before it is downloaded
+            fit_lowering(lowering, read_model_shape(model, offline=offline), target)
+        checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
+        lowering = fit_lowering(lowering, checkpoint.shape, target)
+        return _export(checkpoint, recipe, target, lowering, writer, output, verify, clock)
 
 
 def _export(
-    path: Path,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     target: Target,
     lowering: Lowering,
     writer: BundleWriter,
     output: Path,
     verify: bool,
-    progress: Progress | None,
+    clock: _Clock,
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
-    from edgeattn.models.checkpoint import open_checkpoint
     from edgeattn.verify.verify import prove
 
-    clock = _Clock(progress)
-    clock.start("reading the checkpoint")
-    checkpoint = open_checkpoint(path)
-    lowering = fit_lowering(lowering, checkpoint.shape, target)
     tokens = _proof_tokens(checkpoint)
     model = _transform(checkpoint, lowering)
     clock.start("writing the graph")
@@ -150,7 +155,7 @@ def _export(
             writer.path / layout.MODEL,
             writer.path / layout.GOLDEN,
             tokens=tokens,
-            progress=progress,
+            progress=clock.progress,
         )
     clock.stop()
     report = ExportReport(output, lowering, graph, verification, clock.seconds)
@@ -163,7 +168,8 @@ def _export(
 def verify_bundle(
     path: Path,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
+    offline: bool = False,
     tensorrt: bool = True,
     progress: Progress | None = None,
 ) -> Verification:
@@ -171,7 +177,8 @@ def verify_bundle(
 
     Args:
         path: the bundle.
-        checkpoint: compare with torch on it; None uses the bundle's golden vectors.
+        checkpoint: compare with torch on it (see `export`); None uses the golden vectors.
+        offline: take a hub id from the cache alone.
         tensorrt: also parse and build with TensorRT-RTX where the target has a TensorRT.
         progress: called with (stage, done, total).
 
@@ -185,7 +192,7 @@ def verify_bundle(
     bundle = Bundle.open(path)
     read_graph(bundle)
     lowering = Lowering.from_dict(bundle.manifest.lowering)
-    golden = _golden_of(bundle, lowering, checkpoint, progress)
+    golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
     return check(
         bundle.model_file,
         golden,
@@ -197,7 +204,11 @@ def verify_bundle(
 
 
 def _golden_of(
-    bundle: Bundle, lowering: Lowering, checkpoint: Path | None, progress: Progress | None
+    bundle: Bundle,
+    lowering: Lowering,
+    checkpoint: str | Path | None,
+    offline: bool,
+    progress: Progress | None,
 ) -> Golden:
     from edgeattn.verify.golden import Golden
     from edgeattn.verify.verify import record_golden
@@ -211,18 +222,24 @@ def _golden_of(
                 todo="pass --checkpoint MODEL, or export it again with verification",
             )
         return Golden.load(file)
-    from edgeattn.models.checkpoint import open_checkpoint
+    from edgeattn.models.hub import open_model
 
     _require_export_extra()
-    opened = open_checkpoint(checkpoint)
+    clock = _Clock(progress)
+    opened = open_model(checkpoint, offline=offline, progress=clock.staged("downloading"))
     if opened.identity["fingerprint"] != bundle.manifest.source.get("fingerprint"):
         raise BundleError(
             expected=f"the checkpoint that {bundle.path} was exported from",
             came=f"{checkpoint} is another one",
-            todo=f"pass the checkpoint named {bundle.manifest.source.get('name')}",
+            todo=f"pass the checkpoint named {_source_name(bundle.manifest.source)}",
         )
     tokens = _proof_tokens(opened)
     return record_golden(_transform(opened, lowering), lowering, tokens=tokens, progress=progress)
+
+
+def _source_name(source: Mapping[str, Any]) -> str:
+    """What the checkpoint of a bundle is called; of the hub's, what fetches it again."""
+    return "{hub_id}@{commit}".format(**source) if "hub_id" in source else str(source.get("name"))
 
 
 def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
@@ -347,7 +364,7 @@ class _Clock:
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self.progress = progress
         self._stage = ""
         self._began = 0.0
 
@@ -362,5 +379,15 @@ class _Clock:
             self._stage = ""
 
     def count(self, done: int, total: int) -> None:
-        if self._progress:
-            self._progress(self._stage, done, total)
+        if self.progress:
+            self.progress(self._stage, done, total)
+
+    def staged(self, stage: str) -> Callable[[int, int], None]:
+        """A counter of a stage that may not happen: it starts when first counted."""
+
+        def count(done: int, total: int) -> None:
+            if self._stage != stage:
+                self.start(stage)
+            self.count(done, total)
+
+        return count

@@ -18,13 +18,13 @@ _EPILOG = """\b
 Examples:
   edgeattn export ./SmolLM2-135M --target jetson-orin
   edgeattn export model.gguf --target jetson-orin@jetpack6.2 --quant w4-rtn -o ./bundle
-  edgeattn export ./SmolLM2-135M --target cpu --quant w4-rtn:group=32
+  edgeattn export HuggingFaceTB/SmolLM2-135M@main --target cpu --quant w4-rtn:group=32
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
 
 @click.command("export", epilog=_EPILOG)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--target", metavar="NAME[@SOFTWARE]", help="Device, see `edgeattn targets`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
 @click.option("--quant", metavar="NAME[:k=v,…]", help="none, w8-rtn, w4-rtn[:group=32|64|128].")
@@ -35,19 +35,24 @@ Examples:
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
 @click.option("--dry-run", is_flag=True, help="Show the lowering and sizes; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")
+@click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
-    model: Path,
+    model: str,
     output: Path | None,
     recipe_file: Path | None,
     dry_run: bool,
     no_verify: bool,
+    offline: bool,
     force: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Export MODEL, a Hugging Face directory or a .gguf file, to a bundle for a target.
+    """Export MODEL to a bundle for a target.
+
+    MODEL is a Hugging Face directory, a .gguf file, or a repository of the Hugging Face hub as
+    OWNER/NAME[@REVISION], of which only configuration, tokenizer and safetensors are downloaded.
 
     The bundle is proven before it appears: the torch model of the same recipe against ONNX Runtime
     on the bundle's own file, and TensorRT's parser and builder where edgeattn[rtx] is installed.
@@ -64,13 +69,19 @@ def command(
     asked.update({key: value for key, value in flags.items() if value is not None})
     recipe = Recipe.from_dict(asked)
     if dry_run:
-        _show_plan(model, recipe, as_json)
+        _show_plan(model, recipe, offline, as_json)
         return
     place = output or default_output(model, recipe)
     try:
         with show_progress() as progress:
             report = export(
-                model, recipe, place, verify=not no_verify, force=force, progress=progress
+                model,
+                recipe,
+                place,
+                offline=offline,
+                verify=not no_verify,
+                force=force,
+                progress=progress,
             )
     except ProofError as error:
         if error.details and not as_json:
@@ -82,14 +93,14 @@ def command(
         _show_report(report)
 
 
-def _show_plan(model: Path, recipe: Recipe, as_json: bool) -> None:
+def _show_plan(model: str, recipe: Recipe, offline: bool, as_json: bool) -> None:
     from edgeattn.devices.registry import parse_target
-    from edgeattn.models.checkpoint import read_shape
+    from edgeattn.models.hub import read_model_shape
     from edgeattn.planner.lowering import fit_lowering, plan_lowering
     from edgeattn.planner.memory import weight_bytes
 
     target = parse_target(recipe.target)
-    shape = read_shape(model)
+    shape = read_model_shape(model, offline=offline)
     lowering = fit_lowering(plan_lowering(recipe, target), shape, target)
     size = weight_bytes(shape, lowering)
     plan = {"lowering": lowering.to_dict(), "weight_bytes": size}

@@ -11,6 +11,7 @@ _EPILOG = """\b
 Examples:
   edgeattn verify ./bundle
   edgeattn verify ./bundle --checkpoint ./SmolLM2-135M
+  edgeattn verify ./bundle --checkpoint HuggingFaceTB/SmolLM2-135M --offline
   edgeattn verify ./bundle --no-tensorrt --json
 """
 
@@ -19,12 +20,15 @@ Examples:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="Compare with torch on this checkpoint instead of the golden vectors.",
+    metavar="MODEL",
+    help="Compare with torch on this checkpoint (see export) instead of the golden vectors.",
 )
+@click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--no-tensorrt", is_flag=True, help="Leave out TensorRT's parser and builder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-def command(bundle: Path, checkpoint: Path | None, no_tensorrt: bool, as_json: bool) -> None:
+def command(
+    bundle: Path, checkpoint: str | None, offline: bool, no_tensorrt: bool, as_json: bool
+) -> None:
     """Prove BUNDLE: every hash, ONNX Runtime against the reference, TensorRT's parser and builder.
 
     Without --checkpoint the reference is the golden vectors the export wrote, and torch is not
@@ -35,7 +39,11 @@ def command(bundle: Path, checkpoint: Path | None, no_tensorrt: bool, as_json: b
 
     with show_progress() as progress:
         verification = verify_bundle(
-            bundle, checkpoint=checkpoint, tensorrt=not no_tensorrt, progress=progress
+            bundle,
+            checkpoint=checkpoint,
+            offline=offline,
+            tensorrt=not no_tensorrt,
+            progress=progress,
         )
     if as_json and verification.passed:
         click.echo(json.dumps(verification.to_dict(), indent=2))

@@ -205,7 +205,7 @@ def test_an_internal_error_is_one_sentence(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("edgeattn.models.checkpoint.open_checkpoint", fail)
+    monkeypatch.setattr("edgeattn.models.hub.open_checkpoint", fail)
     options = ("--target", "cpu", "-o", tmp_path / "bundle")
     done = run("export", tiny_checkpoint, *options)
     assert done.exit_code == 1
@@ -221,7 +221,7 @@ def test_interrupted(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edgeattn.models.checkpoint.open_checkpoint", interrupt)
+    monkeypatch.setattr("edgeattn.models.hub.open_checkpoint", interrupt)
     done = run("export", tiny_checkpoint, "--target", "cpu", "-o", tmp_path / "bundle")
     assert done.exit_code == 130
     assert "interrupted; nothing half-written was left behind" in done.stderr
