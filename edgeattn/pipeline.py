@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from edgeattn.bundle.manifest import (
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.errors import BundleError, MissingDependencyError
+from edgeattn.planner.estimate import Estimate, estimate
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.hub import Outline
     from edgeattn.models.model import Model
     from edgeattn.verify.golden import Golden
     from edgeattn.verify.verify import Verification
@@ -69,6 +73,34 @@ class ExportReport:
         }
 
 
+@dataclass(frozen=True)
+class ExportPlan:
+    """What `export` would do.
+
+    Attributes:
+        lowering: what was decided.
+        estimate: sizes, and seconds by stage.
+        free_bytes: of the disk that would hold the bundle.
+    """
+
+    lowering: Lowering
+    estimate: Estimate
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk can hold the bundle."""
+        return self.estimate.disk_bytes <= self.free_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "lowering": self.lowering.to_dict(),
+            **self.estimate.to_dict(),
+            "free_bytes": self.free_bytes,
+        }
+
+
 def default_output(model: str | Path, recipe: Recipe) -> Path:
     """`./<model>-<target>-<quant>`, and what else differs from the defaults."""
     from edgeattn.models.hub import model_name
@@ -80,6 +112,26 @@ def default_output(model: str | Path, recipe: Recipe) -> Path:
     parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
     parts += [recipe.dtype] if recipe.dtype else []
     return Path("-".join(parts))
+
+
+def plan_export(
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    offline: bool = False,
+    verify: bool = True,
+) -> ExportPlan:
+    """What `export` with the same arguments would do; writes nothing and needs no torch.
+
+    Raises:
+        EdgeattnError: a refusal. A disk that is too small is none: see `ExportPlan.fits`.
+    """
+    from edgeattn.models.hub import read_outline
+
+    target = parse_target(recipe.target)
+    lowering = plan_lowering(recipe, target)
+    return _plan(lowering, read_outline(model, offline=offline), target, output, verify)
 
 
 def export(
@@ -106,7 +158,7 @@ def export(
     Raises:
         EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
     """
-    from edgeattn.models.hub import find_hub_id, open_model, read_model_shape
+    from edgeattn.models.hub import Outline, find_hub_id, open_model, read_outline
 
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
@@ -115,10 +167,40 @@ def export(
     with _rare_collections(), open_writer(output, force=force) as writer:
         clock.start("reading the checkpoint")
         if find_hub_id(model):  # what cannot be exported is refused before it is downloaded
-            fit_lowering(lowering, read_model_shape(model, offline=offline), target)
+            outline = read_outline(model, offline=offline)
+            _check_disk(_plan(lowering, outline, target, output, verify), output)
         checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
-        lowering = fit_lowering(lowering, checkpoint.shape, target)
-        return _export(checkpoint, recipe, target, lowering, writer, output, verify, clock)
+        plan = _plan(lowering, Outline.of(checkpoint), target, output, verify)
+        _check_disk(plan, output)
+        return _export(checkpoint, recipe, target, plan.lowering, writer, output, verify, clock)
+
+
+def _plan(
+    lowering: Lowering, outline: Outline, target: Target, output: Path, verify: bool
+) -> ExportPlan:
+    from edgeattn.engine.tensorrt_rtx import is_available
+
+    lowering = fit_lowering(lowering, outline.shape, target)
+    expected = estimate(
+        outline.shape,
+        lowering,
+        text_bytes=outline.text_bytes,
+        verify=verify,
+        tensorrt=is_available(),
+    )
+    place = Path(os.path.abspath(output))
+    while not place.exists():
+        place = place.parent
+    return ExportPlan(lowering, expected, shutil.disk_usage(place).free)
+
+
+def _check_disk(plan: ExportPlan, output: Path) -> None:
+    if not plan.fits:
+        raise BundleError(
+            expected=f"{plan.estimate.disk_bytes / 1e6:,.1f} MB of free disk for {output}",
+            came=f"{plan.free_bytes / 1e6:,.1f} MB are free",
+            todo="free some space or choose another folder with -o",
+        )
 
 
 def _export(

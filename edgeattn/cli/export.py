@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgeattn.pipeline import ExportReport
-    from edgeattn.recipe import Recipe
+    from edgeattn.pipeline import ExportPlan, ExportReport
 
 _EPILOG = """\b
 Examples:
@@ -33,7 +32,7 @@ Examples:
 @click.option("--batch", type=int, help="Most rows at once.")
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
-@click.option("--dry-run", is_flag=True, help="Show the lowering and sizes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, sizes and times; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
@@ -62,16 +61,20 @@ def command(
     from edgeattn.cli.progress import show_progress
     from edgeattn.cli.tables import print_verification
     from edgeattn.errors import ProofError
-    from edgeattn.pipeline import default_output, export
+    from edgeattn.pipeline import default_output, export, plan_export
     from edgeattn.recipe import Recipe, read_recipe
 
     asked = read_recipe(recipe_file) if recipe_file else {}
     asked.update({key: value for key, value in flags.items() if value is not None})
     recipe = Recipe.from_dict(asked)
-    if dry_run:
-        _show_plan(model, recipe, offline, as_json)
-        return
     place = output or default_output(model, recipe)
+    if dry_run:
+        plan = plan_export(model, recipe, place, offline=offline, verify=not no_verify)
+        if as_json:
+            click.echo(json.dumps(plan.to_dict(), indent=2))
+        else:
+            _show_plan(plan)
+        return
     try:
         with show_progress() as progress:
             report = export(
@@ -93,24 +96,32 @@ def command(
         _show_report(report)
 
 
-def _show_plan(model: str, recipe: Recipe, offline: bool, as_json: bool) -> None:
-    from edgeattn.devices.registry import parse_target
-    from edgeattn.models.hub import read_model_shape
-    from edgeattn.planner.lowering import fit_lowering, plan_lowering
-    from edgeattn.planner.memory import weight_bytes
+def _show_plan(plan: ExportPlan) -> None:
+    from edgeattn.planner.estimate import MEASURED_ON
 
-    target = parse_target(recipe.target)
-    shape = read_model_shape(model, offline=offline)
-    lowering = fit_lowering(plan_lowering(recipe, target), shape, target)
-    size = weight_bytes(shape, lowering)
-    plan = {"lowering": lowering.to_dict(), "weight_bytes": size}
-    if as_json:
-        click.echo(json.dumps(plan, indent=2))
-        return
-    for key, value in lowering.to_dict().items():
-        shown = value["label"] if key == "scheme" else value
-        click.echo(f"{key:16} {shown}")
-    click.echo(f"{'weights':16} {size / 1e6:.1f} MB")
+    for key, value in plan.lowering.to_dict().items():
+        click.echo(f"{key:16} {value['label'] if key == 'scheme' else value}")
+    expected = plan.estimate
+    rows = f"{expected.batch} rows" if expected.batch > 1 else "1 row"
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in expected.seconds.items())
+    click.echo(f"{'weights':16} {_size(expected.weight_bytes)}")
+    click.echo(f"{'graph':16} {_size(expected.graph_bytes)}")
+    click.echo(
+        f"{'cache':16} {_size(expected.cache_bytes_per_token)} per token, "
+        f"{_size(expected.cache_bytes)} at {expected.context} tokens in {rows}"
+    )
+    free = f"{_size(plan.free_bytes)} are free"
+    wrong = "" if plan.fits else ": TOO LITTLE, the export would be refused"
+    click.echo(f"{'disk':16} {_size(expected.disk_bytes)}, {free}{wrong}")
+    click.echo(f"{'memory':16} {_size(expected.memory_bytes)} at the peak, estimated")
+    click.echo(f"{'time':16} {sum(expected.seconds.values()):.0f} s, estimated, on {MEASURED_ON}")
+    click.echo(f"{'':16} {seconds}")
+
+
+def _size(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def _show_report(report: ExportReport) -> None:

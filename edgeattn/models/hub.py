@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,12 @@ class Snapshot:
     Attributes:
         hub_id: what was asked for.
         path: folder in the cache.
+        sizes: bytes of the files in the repository's top folder; offline of those in the cache.
     """
 
     hub_id: HubId
     path: Path
+    sizes: Mapping[str, int] = field(compare=False, repr=False)
 
     @property
     def commit(self) -> str:
@@ -104,10 +106,35 @@ def model_name(model: str | Path) -> str:
     return hub_id.name if hub_id else checkpoint_name(Path(model))
 
 
-def read_model_shape(model: str | Path, *, offline: bool = False) -> ModelShape:
-    """The architecture of MODEL, without torch; of a hub id only config.json is fetched."""
+@dataclass(frozen=True)
+class Outline:
+    """What is known of MODEL without its weights.
+
+    Attributes:
+        shape: the architecture.
+        text_bytes: of the tokenizer's files.
+    """
+
+    shape: ModelShape
+    text_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Outline:
+        """That of an open checkpoint."""
+        return cls(checkpoint.shape, sum(map(len, checkpoint.text.values())))
+
+
+def read_outline(model: str | Path, *, offline: bool = False) -> Outline:
+    """Looks at MODEL without torch; of a hub id only config.json is fetched."""
     hub_id = find_hub_id(model)
-    return read_shape(fetch_config(hub_id, offline=offline).path if hub_id else Path(model))
+    if hub_id is None and not Path(model).is_dir():
+        return Outline.of(open_checkpoint(Path(model)))
+    if hub_id is None:
+        path, sizes = Path(model), _sizes(Path(model))
+    else:
+        snapshot = fetch_config(hub_id, offline=offline)
+        path, sizes = snapshot.path, dict(snapshot.sizes)
+    return Outline(read_shape(path), sum(sizes.get(name, 0) for name in TEXT_FILES))
 
 
 def open_model(
@@ -136,7 +163,7 @@ def open_model(
 def fetch_config(hub_id: HubId, *, offline: bool = False) -> Snapshot:
     """Makes sure that the cache holds config.json; nothing else is fetched."""
     with _refusals(hub_id):
-        return _cached(hub_id) if _is_offline(offline) else _resolve(hub_id)[0]
+        return _cached(hub_id) if _is_offline(offline) else _resolve(hub_id)
 
 
 def fetch_checkpoint(
@@ -149,15 +176,14 @@ def fetch_checkpoint(
     with _refusals(hub_id):
         if _is_offline(offline):
             return _cached_whole(hub_id)
-        snapshot, sizes = _resolve(hub_id)
-        names = [name for name in _SMALL if name in sizes]
-        names += _weights(snapshot, sizes)
-        _download(snapshot, {name: sizes[name] for name in names}, progress)
+        snapshot = _resolve(hub_id)
+        names = [name for name in _SMALL if name in snapshot.sizes]
+        _download(snapshot, names + _weights(snapshot), progress)
         return snapshot
 
 
-def _resolve(hub_id: HubId) -> tuple[Snapshot, dict[str, int]]:
-    """The commit a revision stands for, with its config.json, and the sizes of its files.
+def _resolve(hub_id: HubId) -> Snapshot:
+    """The commit a revision stands for, with its config.json.
 
     config.json is asked for by the revision: so the cache learns which commit that is.
     """
@@ -168,10 +194,10 @@ def _resolve(hub_id: HubId) -> tuple[Snapshot, dict[str, int]]:
             came="the repository holds none",
             todo="name a repository with a transformers checkpoint",
         )
-    snapshot = Snapshot(hub_id, _get(hub_id, _CONFIG, hub_id.revision or _BRANCH).parent)
-    if snapshot.commit != commit:  # somebody pushed between the two questions
-        _, sizes = _list(hub_id.repository, snapshot.commit)
-    return snapshot, sizes
+    folder = _get(hub_id, _CONFIG, hub_id.revision or _BRANCH).parent
+    if folder.name != commit:  # somebody pushed between the two questions
+        _, sizes = _list(hub_id.repository, folder.name)
+    return Snapshot(hub_id, folder, sizes)
 
 
 def _list(repository: str, revision: str) -> tuple[str, dict[str, int]]:
@@ -190,29 +216,29 @@ def _list(repository: str, revision: str) -> tuple[str, dict[str, int]]:
     return info.sha, {s.rfilename: s.size or 0 for s in info.siblings if "/" not in s.rfilename}
 
 
-def _weights(snapshot: Snapshot, names: Collection[str]) -> list[str]:
+def _weights(snapshot: Snapshot) -> list[str]:
     """Names of the files with weights, the index among them.
 
     Others are never fetched: many repositories hold the same weights in several files.
     """
-    if _SINGLE in names:
+    if _SINGLE in snapshot.sizes:
         return [_SINGLE]
-    if _INDEX not in names:
-        raise _no_safetensors(snapshot.hub_id, names)
+    if _INDEX not in snapshot.sizes:
+        raise _no_safetensors(snapshot)
     index = _get(snapshot.hub_id, _INDEX, snapshot.commit)
-    return [_INDEX, *(shard for shard in _shards(index) if shard in names)]
+    return [_INDEX, *(shard for shard in _shards(index) if shard in snapshot.sizes)]
 
 
-def _download(snapshot: Snapshot, sizes: Mapping[str, int], progress: Progress | None) -> None:
+def _download(snapshot: Snapshot, names: list[str], progress: Progress | None) -> None:
     """Fetches what is missing, the small files first: where weights are, all else is too."""
-    missing = [name for name in sizes if not (snapshot.path / name).exists()]
-    total = sum(sizes[name] for name in missing)
+    missing = [name for name in names if not (snapshot.path / name).exists()]
+    total = sum(snapshot.sizes[name] for name in missing)
     _check_space(snapshot, total)
     counter = _counter(total, progress)
     for name in missing:
         _get(snapshot.hub_id, name, snapshot.commit, counter)
-    for name, size in sizes.items():
-        _check_size(snapshot.path / name, size)
+    for name in names:
+        _check_size(snapshot.path / name, snapshot.sizes[name])
 
 
 def _get(hub_id: HubId, name: str, revision: str, counter: type[Any] | None = None) -> Path:
@@ -243,19 +269,24 @@ def _cached(hub_id: HubId) -> Snapshot:
     config = try_to_load_from_cache(hub_id.repository, _CONFIG, revision=hub_id.revision or _BRANCH)
     if not isinstance(config, str):
         raise _not_cached(hub_id, "the cache does not hold it")
-    return Snapshot(hub_id, Path(config).parent)
+    folder = Path(config).parent
+    return Snapshot(hub_id, folder, _sizes(folder))
 
 
 def _cached_whole(hub_id: HubId) -> Snapshot:
     """The snapshot in the cache, refused where weights are missing in it."""
     snapshot = _cached(hub_id)
-    held = {path.name for path in snapshot.path.iterdir() if path.exists()}
     wanted = [_SINGLE]
-    if _SINGLE not in held and _INDEX in held:
+    if _SINGLE not in snapshot.sizes and _INDEX in snapshot.sizes:
         wanted = _shards(snapshot.path / _INDEX)
-    if not held.issuperset(wanted):
+    if not all(name in snapshot.sizes for name in wanted):
         raise _not_cached(hub_id, "the cache holds only a part of it")
     return snapshot
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files in a folder."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
 
 
 def _check_space(snapshot: Snapshot, size: int) -> None:
@@ -346,14 +377,14 @@ def _counter(total: int, progress: Progress | None) -> type[Any]:
     return Counter
 
 
-def _no_safetensors(hub_id: HubId, names: Collection[str]) -> CheckpointError:
-    pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
-    gguf = sorted(n for n in names if n.endswith(".gguf"))
+def _no_safetensors(snapshot: Snapshot) -> CheckpointError:
+    pickled = sorted(n for n in snapshot.sizes if n.endswith((".bin", ".pt", ".pth")))
+    gguf = sorted(n for n in snapshot.sizes if n.endswith(".gguf"))
     todo = "name a repository with safetensors; pickles are never loaded"
     if gguf:
         todo = f"download {gguf[0]} and pass the file"
     return CheckpointError(
-        expected=f"{_SINGLE} or {_INDEX} in {hub_id}",
+        expected=f"{_SINGLE} or {_INDEX} in {snapshot.hub_id}",
         came=f"it holds {(pickled + gguf)[0]}" if pickled or gguf else "it holds neither",
         todo=todo,
     )

@@ -43,12 +43,17 @@ def test_dry_run_writes_nothing(
     options = ("--target", "jetson-orin", "--quant", "w4-rtn", "--dry-run")
     plain = run("export", tiny_checkpoint, *options)
     assert plain.exit_code == 0, plain.output
-    assert "w4-rtn" in plain.stdout
+    words = ("w4-rtn", "per token", "at 256 tokens in 1 row", "estimated, on a 2-core server")
+    assert all(word in plain.stdout for word in words), plain.stdout
     done = run("export", tiny_checkpoint, *options, "--json")
     plan = json.loads(done.stdout)
     assert plan["lowering"]["target"] == "jetson-orin-agx-64gb@jetpack7.2"
     assert plan["lowering"]["scheme"]["label"].startswith("w4-rtn")
     assert plan["weight_bytes"] > 0
+    assert plan["free_bytes"] > plan["disk_bytes"]
+    assert {"trace", "weights", "torch reference", "ONNX Runtime"} <= set(plan["seconds"])
+    done = run("export", tiny_checkpoint, *options, "--json", "--no-verify")
+    assert set(json.loads(done.stdout)["seconds"]) == {"start", "trace", "weights"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,9 +61,33 @@ def test_dry_run_knows_the_size(
     run: Callable[..., Any], tiny_checkpoint: Path, export_tiny: Callable[..., Path]
 ) -> None:
     done = run("export", tiny_checkpoint, "--target", "cpu", "--dry-run", "--json")
-    written = (export_tiny("cpu") / "model.onnx.data").stat().st_size
-    planned = json.loads(done.stdout)["weight_bytes"]
-    assert 0 <= written - planned < 4096 * 40  # page padding of some 40 tensors
+    plan = json.loads(done.stdout)
+    files = [file for file in export_tiny("cpu").rglob("*") if file.is_file()]
+    weights = next(file for file in files if file.name == "model.onnx.data")
+    assert plan["weight_bytes"] == pytest.approx(weights.stat().st_size, abs=4096)
+    assert plan["disk_bytes"] == pytest.approx(sum(f.stat().st_size for f in files), rel=0.03)
+
+
+def test_dry_run_of_a_gguf(run: Callable[..., Any], smollm2_gguf: Path) -> None:
+    done = run("export", smollm2_gguf, "--target", "cpu", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["context"] == 8192
+    assert plan["weight_bytes"] == pytest.approx(538.2e6, rel=0.001)
+
+
+def test_a_disk_that_is_too_small(
+    run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=123_456)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    options = ("--target", "cpu", "-o", tmp_path / "new" / "bundle")
+    plain = run("export", tiny_checkpoint, *options, "--dry-run")
+    assert plain.exit_code == 0, plain.output
+    assert "123.5 kB are free: TOO LITTLE" in plain.stdout
+    line = sentence(run("export", tiny_checkpoint, *options), 1)
+    assert "MB of free disk for" in line
+    assert "but 0.1 MB are free: free some space or choose another folder with -o" in line
+    assert not list(tmp_path.rglob("*bundle*"))
 
 
 def test_a_recipe_with_flags_that_win(

@@ -27,7 +27,6 @@ from huggingface_hub import constants
 from edgeattn.errors import CheckpointError, MissingDependencyError
 from edgeattn.models.hub import (
     HubId,
-    Snapshot,
     fetch_checkpoint,
     fetch_config,
     find_hub_id,
@@ -479,7 +478,7 @@ def test_somebody_pushes_meanwhile(hub: FakeHub, tiny: Path) -> None:
     hub.answer = push  # type: ignore[method-assign]
     snapshot = fetch_checkpoint(TINY)
     assert snapshot.commit == moved
-    assert fetch_checkpoint(TINY, offline=True) == Snapshot(TINY, snapshot.path)
+    assert fetch_checkpoint(TINY, offline=True) == snapshot
 
 
 @dataclass
@@ -563,13 +562,15 @@ def test_verify_by_hub_id(
 
 def test_a_dry_run_fetches_no_weights(hub: FakeHub, command_line: CommandLine) -> None:
     words = ("export", TINY, "--target", "cpu", "--dry-run", "--json")
-    stdout, _ = command_line.run(*words)
-    assert json.loads(stdout)["weight_bytes"] > 0
+    online = json.loads(command_line.run(*words)[0])
     assert hub.fetched() == {"config.json"}
     hub.asked.clear()
-    assert command_line.run(*words, HF_HUB_OFFLINE="1")[0] == stdout
-    assert command_line.run(*words, "--offline")[0] == stdout
+    by_variable = json.loads(command_line.run(*words, HF_HUB_OFFLINE="1")[0])
+    by_option = json.loads(command_line.run(*words, "--offline")[0])
     assert hub.asked == []
+    assert online["weight_bytes"] == by_variable["weight_bytes"] == by_option["weight_bytes"] > 0
+    tokenizer = (hub.folders[TINY.repository] / "tokenizer.json").stat().st_size
+    assert online["disk_bytes"] == by_option["disk_bytes"] + tokenizer  # not in the cache yet
 
 
 def test_refused_before_anything_is_downloaded(
