@@ -71,7 +71,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(
         expected="a Hugging Face directory or a .gguf file as MODEL",
         came=f"{path} is neither" if path.exists() else f"{path} does not exist",
-        todo="pass the folder that holds config.json and model.safetensors, or a .gguf file",
+        todo="pass the folder that holds config.json and model.safetensors, a .gguf file, or "
+        "OWNER/NAME of a repository on the Hugging Face hub",
     )
 
 

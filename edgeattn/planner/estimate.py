@@ -2,9 +2,10 @@
 
 Sizes follow from the shape; memory and time are rates times sizes. The rates were measured with
 whole exports on a server of 2 cores (AMD EPYC, Zen 5, 24 GB; torch 2.13 for CPUs, ONNX Runtime
-1.31, TensorRT-RTX 1.7) that did nothing else, each figure the better of two runs: SmolLM2-135M and
-a random Llama of 333 million weights, both from fp16 safetensors; schemes none, w8-rtn and w4-rtn;
-targets cpu (fp32) and jetson-orin (fp16). Peak memory came out within 17 % of these estimates.
+1.31, TensorRT-RTX 1.7), each figure the best of two or three runs: SmolLM2-135M and a random Llama
+of 333 million weights, both from fp16 safetensors; schemes none, w8-rtn and w4-rtn; targets cpu
+(fp32) and jetson-orin (fp16). Peak memory came out within 17 % of these estimates. Where other
+processes want the cores, an export took up to ten times as long.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,6 +75,18 @@ def test_dry_run_of_a_gguf(run: Callable[..., Any], smollm2_gguf: Path) -> None:
     plan = json.loads(done.stdout)
     assert plan["context"] == 8192
     assert plan["weight_bytes"] == pytest.approx(538.2e6, rel=0.001)
+
+
+def test_dry_run_needs_no_heavy_package(tiny_checkpoint: Path) -> None:
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "onnxscript", "onnxruntime", "huggingface_hub")))
+from edgeattn.cli import main
+main(["export", sys.argv[1], "--target", "cpu", "--dry-run"])
+"""
+    command = [sys.executable, "-c", program, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_disk_that_is_too_small(
