@@ -176,21 +176,24 @@ class Stack(Sourced):
 class GraphRules(Sourced):
     """The ONNX dialect this software reads.
 
-    `operators` chooses standard ONNX 23 Attention and RMSNormalization or primitive ops; outside
-    `min_head_dim` to `max_head_dim` Attention has no kernel and is spelled out.
+    `operators` chooses standard ONNX 23 Attention and RMSNormalization, primitive ops, or
+    "group-query", the standard ones with ONNX Runtime's GroupQueryAttention where `head_dim` is a
+    multiple of `head_dim_multiple`. Outside `min_head_dim` to `max_head_dim` Attention has no
+    kernel and is spelled out.
     `strip_functions`: the parser prefers a function body over a plugin of the same name, so the
     builder must remove the bodies.
     """
 
     opset: Annotated[int, Field(ge=18, le=28)]
     opset_int4: Annotated[int, Field(ge=21, le=28)]
-    operators: Literal["standard", "primitive"]
+    operators: Literal["standard", "primitive", "group-query"]
     strip_functions: bool
-    kv_cache: Literal["concat"]
+    kv_cache: Literal["concat", "shared-buffer"]
     dtypes: OneOrMore[Dtype]
     int4_group_sizes: OneOrMore[Count]
     min_head_dim: Count | None = None
     max_head_dim: Count | None = None
+    head_dim_multiple: Count = 1
 
 
 class Software(_Record):

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,8 +329,10 @@ def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
     from edgeattn.models.model import TORCH_DTYPES, model_of
     from edgeattn.transforms.quantize import quantize
 
-    scale_dtype = TORCH_DTYPES[lowering.dtype]
-    return quantize(model_of(checkpoint), lowering.scheme, scale_dtype=scale_dtype)
+    model = model_of(checkpoint)
+    context = lowering.context or checkpoint.shape.max_context
+    model = replace(model, shape=model.shape.within(context))
+    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
 
 
 def _proof_tokens(checkpoint: Checkpoint) -> list[int] | None:
@@ -347,6 +349,7 @@ def _write_text_files(writer: BundleWriter, checkpoint: Checkpoint, lowering: Lo
     genai = genai_config(
         checkpoint.shape,
         context=lowering.context or checkpoint.shape.max_context,
+        shared_buffer=lowering.kv_cache == "shared-buffer",
         model_file=layout.MODEL,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgeattn.errors import CheckpointError
@@ -15,11 +15,15 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     Attributes:
-        kind: "none" or "llama3" (frequency-dependent, Llama 3.1 release notes).
-        factor: stretch of the low frequencies.
+        kind: "none"; "linear" (every frequency divided by `factor`); "llama3" (depending on the
+            frequency, Llama 3.1 release notes); "longrope" (each frequency divided by its own
+            number, LongRoPE, arXiv:2402.13753).
+        factor: stretch of all, or of the low frequencies.
         low_freq_factor: wavelengths above original_context / this are stretched fully.
         high_freq_factor: wavelengths below original_context / this are left alone.
         original_context: context in tokens the frequencies were trained at.
+        divisors: one per frequency, for longrope.
+        magnitude: what cosine and sine are multiplied with, for longrope.
     """
 
     kind: str = "none"
@@ -27,6 +31,8 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    divisors: tuple[float, ...] = ()
+    magnitude: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuses a stretch that no frequency can have.
@@ -34,7 +40,8 @@ class RopeScaling:
         Raises:
             CheckpointError: a factor or the context is not positive, or the two bands are one.
         """
-        for field in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
+        numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_context", "magnitude")
+        for field in numbers:
             value = getattr(self, field)
             if not 0 < value < math.inf:
                 raise _bad(f"a positive {field} of the rope scaling", f"it is {value}")
@@ -43,11 +50,68 @@ class RopeScaling:
                 f"a high_freq_factor above low_freq_factor ({self.low_freq_factor})",
                 f"it is {self.high_freq_factor}",
             )
+        for value in self.divisors:
+            if not 0 < value < math.inf:
+                raise _bad("positive divisors of the rope frequencies", f"one is {value}")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer.
+
+    Attributes:
+        dim: leading elements of a head that are rotated; even, at most head_dim.
+        theta: base of the frequencies.
+        scaling: see RopeScaling.
+    """
+
+    dim: int
+    theta: float
+    scaling: RopeScaling = RopeScaling()
+
+    def __post_init__(self) -> None:
+        """Refuses what is no rotation.
+
+        Raises:
+            CheckpointError: dim is odd or not positive, theta is not positive, or the divisors are
+                not one per frequency.
+        """
+        if self.dim < 2 or self.dim % 2:
+            raise _bad("an even, positive number of rotated elements", f"it is {self.dim}")
+        if not 0 < self.theta < math.inf:
+            raise _bad("a positive rope_theta", f"it is {self.theta}")
+        if self.scaling.divisors and len(self.scaling.divisors) != self.dim // 2:
+            raise _bad(
+                f"{self.dim // 2} divisors, one per rope frequency",
+                f"there are {len(self.scaling.divisors)}",
+            )
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer.
+
+    Attributes:
+        rope: rotary positions; None for a layer without (NoPE).
+        window: keys a query sees, itself included; None for all before it.
+    """
+
+    rope: Rope | None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an empty window.
+
+        Raises:
+            CheckpointError: the window is not positive.
+        """
+        if self.window is not None and self.window < 1:
+            raise _bad("a positive sliding window", f"it is {self.window}")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Layers, heads and widths of a decoder-only transformer with RoPE, RMSNorm and a gated MLP.
+    """Layers, heads and widths of a decoder-only transformer with RMSNorm and a gated MLP.
 
     Attributes:
         family: name in `edgeattn.models.families`.
@@ -60,10 +124,14 @@ class ModelShape:
         vocab_size: rows of the embedding.
         max_context: positions the checkpoint was trained for, in tokens.
         norm_eps: RMSNorm epsilon.
-        rope_theta: RoPE base.
-        rope_scaling: see RopeScaling.
+        layer_cycle: the kinds of the layers, repeated from the first layer on.
         qkv_bias: q, k and v projections carry a bias (Qwen2).
         qk_norm: RMSNorm per head on q and k before RoPE (Qwen3).
+        output_norms: RMSNorm on what attention and MLP give, too (Gemma 2).
+        activation: of the gate, "silu" or "gelu-tanh".
+        embedding_scale: what the embedding is multiplied with (Gemma).
+        attention_softcap: scores s become c tanh(s / c) before the mask (Gemma 2).
+        logits_softcap: the same for the logits.
         tied_embeddings: the LM head is the embedding matrix.
     """
 
@@ -77,17 +145,22 @@ class ModelShape:
     vocab_size: int
     max_context: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling = RopeScaling()
+    layer_cycle: tuple[LayerKind, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    output_norms: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers no decoder can have.
 
         Raises:
-            CheckpointError: a count is not positive, heads do not divide, or head_dim is odd.
+            CheckpointError: a count is not positive, heads do not divide, head_dim is odd, or the
+                layers' kinds do not fit.
         """
         counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         for field in (*counts, "intermediate_size", "vocab_size", "max_context"):
@@ -100,9 +173,42 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise _bad("an even head_dim, which RoPE needs", f"it is {self.head_dim}")
-        for field in ("norm_eps", "rope_theta"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise _bad(f"a positive {field}", f"it is {getattr(self, field)}")
+        for field in ("norm_eps", "embedding_scale", "attention_softcap", "logits_softcap"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise _bad(f"a positive {field}", f"it is {value}")
+        if not self.layer_cycle:
+            raise _bad("at least one kind of layer", "there is none")
+        for rope in self.ropes:
+            if rope.dim > self.head_dim:
+                raise _bad(f"at most {self.head_dim} rotated elements", f"there are {rope.dim}")
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The kind of one layer."""
+        return self.layer_cycle[layer % len(self.layer_cycle)]
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The distinct kinds of the layers there are, by first use."""
+        return tuple(dict.fromkeys(self.layer_cycle[: self.num_layers]))
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer sees the last keys only."""
+        return any(kind.window is not None for kind in self.layer_kinds)
+
+    def within(self, context: int) -> ModelShape:
+        """The same model for sequences of at most `context` tokens: windows that wide are none."""
+        cycle = tuple(
+            replace(kind, window=None) if kind.window and kind.window >= context else kind
+            for kind in self.layer_cycle
+        )
+        return replace(self, layer_cycle=cycle)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The distinct rotary positions of the layers, by first use."""
+        return tuple(dict.fromkeys(k.rope for k in self.layer_kinds if k.rope is not None))
 
     @property
     def q_per_kv(self) -> int:
@@ -135,7 +241,8 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, tied embeddings counted once."""
-        block = sum(n * k for n, k in self.linears().values()) + 2 * self.hidden_size
+        block = sum(n * k for n, k in self.linears().values())
+        block += (4 if self.output_norms else 2) * self.hidden_size
         block += (self.q_size + 2 * self.kv_size) if self.qkv_bias else 0
         block += 2 * self.head_dim if self.qk_norm else 0
         tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
@@ -148,7 +255,16 @@ class ModelShape:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
         """The inverse of `to_dict`."""
-        return cls(**{**values, "rope_scaling": RopeScaling(**values["rope_scaling"])})
+        cycle = tuple(_layer_kind(kind) for kind in values["layer_cycle"])
+        return cls(**{**values, "layer_cycle": cycle})
+
+
+def _layer_kind(values: Mapping[str, Any]) -> LayerKind:
+    rope = values["rope"]
+    if rope is None:
+        return LayerKind(None, values["window"])
+    scaling = {**rope["scaling"], "divisors": tuple(rope["scaling"]["divisors"])}
+    return LayerKind(Rope(rope["dim"], rope["theta"], RopeScaling(**scaling)), values["window"])
 
 
 def _bad(expected: str, came: str) -> CheckpointError:

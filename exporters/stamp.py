@@ -20,7 +20,8 @@ def stamp(trace: Trace, binder: WeightBinder) -> ir.Model:
     """The graph of the whole model, its parameters bound but not yet written.
 
     Args:
-        trace: one layer, or all of them (then nothing is repeated; tests compare the two).
+        trace: one layer per kind, or all of them (then nothing is repeated; tests compare the
+            two).
         binder: creates the initialisers; its model says how many layers there are.
     """
     return _Stamper(trace, binder).build()
@@ -38,8 +39,8 @@ class _Stamper:
         self.shared: dict[ir.Value, ir.Value] = {}
 
     def build(self) -> ir.Model:
-        num_layers = self.binder.model.shape.num_layers
-        blocks = [self._block_nodes(i) for i in range(self.trace.num_layers)]
+        shape = self.binder.model.shape
+        blocks = [self._block_nodes(i) for i in range(len(self.trace.kinds))]
         in_block = set().union(*blocks)
         tail = _descendants(self.source, [self._value(self.trace.hidden[-1])])
         for value in self.source.inputs:
@@ -48,36 +49,36 @@ class _Stamper:
         self._copy_nodes((n for n in self.source if n not in in_block | tail), self.shared, "")
         presents: list[ir.Value] = []
         hidden = self.shared[self._value(self.trace.hidden[0])]
-        for layer in range(num_layers):
-            kind = min(layer, self.trace.num_layers - 1)
-            hidden, present = self._copy_block(layer, kind, blocks[kind], hidden)
+        for layer in range(shape.num_layers):
+            block = self.trace.block_of(layer, shape)
+            hidden, present = self._copy_block(layer, block, blocks[block], hidden)
             presents += present
         self.shared[self._value(self.trace.hidden[-1])] = hidden
         self._copy_nodes((n for n in self.source if n in tail), self.shared, "")
         return self._model([self.shared[self._value("logits")], *presents])
 
-    def _block_nodes(self, kind: int) -> set[ir.Node]:
-        prefix, start = f"layers.{kind}.", self._value(self.trace.hidden[kind])
-        begin = [start, *self._past(kind)]
+    def _block_nodes(self, block: int) -> set[ir.Node]:
+        prefix, start = f"layers.{block}.", self._value(self.trace.hidden[block])
+        begin = [start, *self._past(block)]
         begin += [v for n, v in self.source.initializers.items() if n.startswith(prefix)]
-        end = [self._value(self.trace.hidden[kind + 1]), *self._present(kind)]
+        end = [self._value(self.trace.hidden[block + 1]), *self._present(block)]
         return _descendants(self.source, begin) & _ancestors(end)
 
     def _copy_block(
-        self, layer: int, kind: int, nodes: set[ir.Node], hidden: ir.Value
+        self, layer: int, block: int, nodes: set[ir.Node], hidden: ir.Value
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """Copies the block traced as layer `kind` as layer `layer`."""
+        """Copies the block traced as layer `block` as layer `layer`."""
         values = dict(self.shared)
-        values[self._value(self.trace.hidden[kind])] = hidden
-        for past in self._past(kind):
-            name = (past.name or "").replace(f".{kind}.", f".{layer}.")
+        values[self._value(self.trace.hidden[block])] = hidden
+        for past in self._past(block):
+            name = (past.name or "").replace(f".{block}.", f".{layer}.")
             self._copy_input(past, name, values)
-        self._copy_nodes((n for n in self.source if n in nodes), values, f"layers.{layer}.", kind)
-        presents = [values[v] for v in self._present(kind)]
-        for value, traced in zip(presents, self._present(kind), strict=True):
-            value.name = (traced.name or "").replace(f".{kind}.", f".{layer}.")
+        self._copy_nodes((n for n in self.source if n in nodes), values, f"layers.{layer}.", block)
+        presents = [values[v] for v in self._present(block)]
+        for value, traced in zip(presents, self._present(block), strict=True):
+            value.name = (traced.name or "").replace(f".{block}.", f".{layer}.")
             value.shape, value.type = traced.shape, traced.type
-        output = values[self._value(self.trace.hidden[kind + 1])]
+        output = values[self._value(self.trace.hidden[block + 1])]
         output.name = f"hidden.{layer + 1}"
         return output, presents
 
@@ -86,20 +87,20 @@ class _Stamper:
         nodes: Iterable[ir.Node],
         values: dict[ir.Value, ir.Value],
         prefix: str,
-        kind: int | None = None,
+        block: int | None = None,
     ) -> None:
         for node in nodes:
             first = node.inputs[0] if node.inputs else None
-            name = self._parameter_name(first, prefix, kind)
+            name = self._parameter_name(first, prefix, block)
             if first is None or name is None:
-                self._copy_node(node, values, prefix, kind)
+                self._copy_node(node, values, prefix, block)
             elif node.op_type == "Transpose" and name != EMBEDDING:
                 # A linear layer: MatMul takes its weight as [inputs, outputs], stored that way.
                 values[node.outputs[0]] = self._matrix(name, transposed=True)
             elif node.op_type == "Transpose":
                 # The tied head shares the embedding's bytes, so it is transposed in the graph.
                 values[first] = self._matrix(name, transposed=False, use=LM_HEAD)
-                self._copy_node(node, values, prefix, kind)
+                self._copy_node(node, values, prefix, block)
                 del values[first]
             elif name == EMBEDDING and node.op_type == "Gather":
                 indices = node.inputs[1]
@@ -108,12 +109,12 @@ class _Stamper:
                 self.nodes += new
                 values[node.outputs[0]] = new[-1].outputs[0]
             else:
-                self._copy_node(node, values, prefix, kind)
+                self._copy_node(node, values, prefix, block)
 
     def _copy_node(
-        self, node: ir.Node, values: dict[ir.Value, ir.Value], prefix: str, kind: int | None
+        self, node: ir.Node, values: dict[ir.Value, ir.Value], prefix: str, block: int | None
     ) -> None:
-        inputs = [None if v is None else self._input(v, values, prefix, kind) for v in node.inputs]
+        inputs = [None if v is None else self._input(v, values, prefix, block) for v in node.inputs]
         new = ir.Node(
             node.domain,
             node.op_type,
@@ -130,12 +131,12 @@ class _Stamper:
         self.nodes.append(new)
 
     def _input(
-        self, value: ir.Value, values: dict[ir.Value, ir.Value], prefix: str, kind: int | None
+        self, value: ir.Value, values: dict[ir.Value, ir.Value], prefix: str, block: int | None
     ) -> ir.Value:
         if value in values:
             return values[value]
         assert value.is_initializer(), f"{value.name} is used before it is computed"
-        name = self._parameter_name(value, prefix, kind)
+        name = self._parameter_name(value, prefix, block)
         if name:
             return self.binder.parameter(name)
         constant = ir.Value(name=value.name, const_value=value.const_value)
@@ -144,12 +145,16 @@ class _Stamper:
         self.shared[value] = values[value] = constant
         return constant
 
-    def _parameter_name(self, value: ir.Value | None, prefix: str, kind: int | None) -> str | None:
+    def _parameter_name(self, value: ir.Value | None, prefix: str, block: int | None) -> str | None:
         """The decoder parameter an initialiser of the trace stands for in this layer, if any."""
         if value is None or not value.is_initializer() or value.const_value is not None:
             return None
         name = value.name or ""
-        return name if kind is None or name == ROTARY else name.replace(f"layers.{kind}.", prefix)
+        return (
+            name
+            if block is None or name.startswith(ROTARY)
+            else name.replace(f"layers.{block}.", prefix)
+        )
 
     def _matrix(self, name: str, *, transposed: bool, use: str = "") -> ir.Value:
         value, nodes = self.binder.matrix(name, transposed=transposed, use=use)
@@ -166,12 +171,12 @@ class _Stamper:
                 return value
         raise KeyError(name)
 
-    def _past(self, kind: int) -> list[ir.Value]:
-        prefix = f"past_key_values.{kind}."
+    def _past(self, block: int) -> list[ir.Value]:
+        prefix = f"past_key_values.{block}."
         return [v for v in self.source.inputs if (v.name or "").startswith(prefix)]
 
-    def _present(self, kind: int) -> list[ir.Value]:
-        prefix = f"present.{kind}."
+    def _present(self, block: int) -> list[ir.Value]:
+        prefix = f"present.{block}."
         return [v for v in self.source.outputs if (v.name or "").startswith(prefix)]
 
     def _model(self, outputs: list[ir.Value]) -> ir.Model:

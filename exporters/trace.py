@@ -1,4 +1,4 @@
-"""Traces the decoder once, with one layer per kind of block, to an ONNX graph without weights.
+"""Traces the decoder once, with one layer per kind, to an ONNX graph without weights.
 
 The module is built and traced under fake tensors: nothing of the model's size is ever allocated.
 The values between blocks are made outputs of the trace, so that `exporters.stamp` can cut the graph
@@ -23,7 +23,7 @@ from torch.export import Dim
 from edgeattn.models.decoder import Decoder, KVCache
 from edgeattn.models.model import TORCH_DTYPES
 from edgeattn.planner.lowering import Lowering
-from edgeattn.shape import ModelShape
+from edgeattn.shape import LayerKind, ModelShape
 
 # Sizes that no dimension of a model is likely to equal, so that a trace that bakes one in shows.
 _BATCH, _LENGTH, _PAST = 2, 5, 11
@@ -36,12 +36,17 @@ class Trace:
     Attributes:
         model: ONNX without weights: its initialisers carry the decoder's parameter names.
         hidden: names of the residual stream before layer 0 and after each layer.
-        num_layers: layers in the trace.
+        kinds: of the traced layers.
     """
 
     model: ir.Model
     hidden: tuple[str, ...]
-    num_layers: int
+    kinds: tuple[LayerKind, ...]
+
+    def block_of(self, layer: int, shape: ModelShape) -> int:
+        """The traced layer that is stamped as `layer` of `shape`."""
+        whole = len(self.kinds) == shape.num_layers
+        return layer if whole else self.kinds.index(shape.layer_kind(layer))
 
 
 class _Traced(nn.Module):
@@ -59,18 +64,22 @@ class _Traced(nn.Module):
         return (output.logits, *cache, *output.hidden)
 
 
-def trace_decoder(shape: ModelShape, lowering: Lowering, *, num_layers: int = 1) -> Trace:
-    """Traces `num_layers` blocks between embedding and head.
+def trace_decoder(shape: ModelShape, lowering: Lowering, *, whole: bool = False) -> Trace:
+    """Traces one block per kind of layer between embedding and head.
 
     Args:
-        shape: the architecture; its own number of layers is not used.
+        shape: the architecture.
         lowering: opset, dtype and spelling of attention.
-        num_layers: blocks to trace; 1 suffices for a model whose blocks are alike.
+        whole: trace every layer instead.
     """
+    kinds = shape.layer_kinds
+    if whole:
+        kinds = tuple(shape.layer_kind(i) for i in range(shape.num_layers))
+    num_layers = len(kinds)
     names = _Names(num_layers)
     with FakeTensorMode(), _default_dtype(TORCH_DTYPES[lowering.dtype]), _quiet():
         decoder = Decoder(
-            replace(shape, num_layers=num_layers),
+            replace(shape, num_layers=num_layers, layer_cycle=kinds),
             form=lowering.attention,
             last_logits_only=lowering.logits == "last",
         ).eval()
@@ -88,7 +97,7 @@ def trace_decoder(shape: ModelShape, lowering: Lowering, *, num_layers: int = 1)
         assert program is not None
         model = program.model
         _finish(model, names)
-    return Trace(model, tuple(names.hidden), num_layers)
+    return Trace(model, tuple(names.hidden), kinds)
 
 
 class _Names:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.models.attention import inverse_frequencies
+from edgeattn.models.decoder import rotary_name
 from edgeattn.models.families import parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, Progress, rounded
 from edgeattn.planner.lowering import Lowering
@@ -21,7 +22,7 @@ from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.packing import pack_int4
 from edgeattn.quant.scheme import WeightFormat
 
-ROTARY = "inv_freq"
+ROTARY = rotary_name(0).removesuffix("0")
 IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -71,8 +72,8 @@ class WeightBinder:
 
     def parameter(self, name: str) -> ir.Value:
         """A parameter that is never quantised: norm gains, biases, rotary frequencies."""
-        if name == ROTARY:
-            size = (self.model.shape.head_dim // 2,)
+        if name.startswith(ROTARY):
+            size = (self.model.shape.ropes[int(name.removeprefix(ROTARY))].dim // 2,)
             return self._store(name, name, "float", ir.DataType.FLOAT, size, transposed=False)
         return self._store(name, name, "float", self._dtype, self._shapes[name], transposed=False)
 
@@ -226,8 +227,9 @@ def _encode(
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """The bytes of each part of one parameter, as a flat uint8 array."""
     dtype = TORCH_DTYPES[binder.lowering.dtype]
-    if parameter == ROTARY:
-        yield parts[0], _bytes(inverse_frequencies(binder.model.shape))
+    if parameter.startswith(ROTARY):
+        rope = binder.model.shape.ropes[int(parameter.removeprefix(ROTARY))]
+        yield parts[0], _bytes(inverse_frequencies(rope))
         return
     value = binder.model.weights.read(parameter)
     for stored in parts:

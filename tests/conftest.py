@@ -212,11 +212,12 @@ def shared_traces() -> Iterator[None]:
 
     trace, made = module.trace_decoder, {}
 
-    def traced(shape: Any, lowering: Any, *, num_layers: int = 1) -> Any:
+    def traced(shape: Any, lowering: Any) -> Any:
+        kinds = shape.layer_kinds
         spelling = (lowering.opset, lowering.dtype, lowering.attention, lowering.logits)
-        key = (replace(shape, num_layers=num_layers), *spelling)
+        key = (replace(shape, num_layers=len(kinds), layer_cycle=kinds), *spelling)
         if key not in made:
-            made[key] = trace(shape, lowering, num_layers=num_layers)
+            made[key] = trace(shape, lowering)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -288,10 +289,11 @@ def _write_checkpoint(path: Path, config: dict[str, Any], dtype: str) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from edgeattn.models.families import parameter_names, shape_from_config
+    from edgeattn.models.huggingface import shape_from_config, stored_parameters
 
     rng, tensors = np.random.default_rng(0), {}
-    for name, size in parameter_names(shape_from_config(config)).items():
+    stored_tensors = stored_parameters(shape_from_config(config), config).values()
+    for name, size in dict.fromkeys((stored.name, stored.shape) for stored in stored_tensors):
         noise = rng.standard_normal(size)
         if name.endswith("norm.weight"):
             value = 1 + 0.1 * noise

@@ -18,11 +18,12 @@ def genai_config(
     shape: ModelShape,
     *,
     context: int,
+    shared_buffer: bool,
     model_file: str,
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The description of a decoder graph with a growing cache.
+    """The description of a decoder graph.
 
     Source: onnxruntime-genai's config reference; names of inputs and outputs are those of
     `edgeattn.exporters.trace`.
@@ -30,6 +31,7 @@ def genai_config(
     Args:
         shape: architecture.
         context: longest sequence in tokens.
+        shared_buffer: the graph writes its cache in place where past and present are one buffer.
         model_file: name of the ONNX file.
         config: the checkpoint's config.json, for special token ids.
         generation_config: preferred over `config` for them.
@@ -72,6 +74,6 @@ def genai_config(
         "search": {
             "do_sample": False,
             "max_length": context,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared_buffer,
         },
     }

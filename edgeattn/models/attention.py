@@ -1,34 +1,44 @@
 """The attention of the decoder in plain torch: rotary positions, mask, cached softmax attention.
 
-Two spellings of one meaning exist; the graph a target's parser takes decides which is traced:
+Three spellings of one meaning exist; the graph a target's parser takes decides which is traced:
 "standard" becomes the ONNX 23 operators Attention and RMSNormalization, "primitive" attention only
-operators of ONNX 20, for parsers and head widths that have no Attention.
+operators of ONNX 20, for parsers and head widths that have no Attention, and "group-query" ONNX
+Runtime's own operator (see `edgeattn.models.group_query`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from edgeattn.shape import ModelShape, RopeScaling
+from edgeattn.models.group_query import KeyCounts, count_keys, group_query_attention
+from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
-OperatorForm = Literal["standard", "primitive"]
+OperatorForm = Literal["standard", "primitive", "group-query"]
 
 
-def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary frequencies in radians per position, `[head_dim / 2]`, fp32.
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """Rotary frequencies in radians per position, `[rope.dim / 2]`, fp32.
 
     The llama3 stretch follows the formula published with Llama 3.1: wavelengths longer than
-    original_context / low_freq_factor are stretched by `factor`, those shorter than
+    original_context / low_freq_factor are divided by the factor, those shorter than
     original_context / high_freq_factor are kept, and those between are interpolated.
     """
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequencies = 1.0 / shape.rope_theta**exponent
-    scaling = shape.rope_scaling
-    return frequencies if scaling.kind == "none" else _llama3(frequencies, scaling)
+    exponent = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
+    frequencies = 1.0 / rope.theta**exponent
+    scaling = rope.scaling
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling)
+    if scaling.kind == "longrope":
+        return 1.0 / (torch.tensor(scaling.divisors) * rope.theta**exponent)
+    return frequencies
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -39,45 +49,112 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotary_caches(
-    inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype
+    rope: Rope, inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `[B, 1, T, D/2]` of each position; the angle is computed in fp32.
+    """Cosine and sine `[B, 1, T, rope.dim / 2]` of each position; the angle is computed in fp32.
 
     Args:
-        inv_freq: `[D/2]` radians per position.
+        rope: for the magnitude.
+        inv_freq: `[rope.dim / 2]` radians per position.
         position_ids: `[B, T]` integer positions.
         dtype: of the result.
     """
     angle = position_ids.unsqueeze(1).unsqueeze(3).to(inv_freq.dtype) * inv_freq
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if rope.scaling.magnitude != 1:
+        cos, sin = cos * rope.scaling.magnitude, sin * rope.scaling.magnitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + D/2) of `x` `[B, H, T, D]` (the "rotate half" layout of ONNX)."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotates the pairs (i, i + R/2) of the first R = 2 cos.shape[-1] elements of each head.
+
+    This is the "rotate half" layout of ONNX RotaryEmbedding; `x` is `[B, H, T, D]`.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if 2 * half < x.shape[-1]:
+        parts.append(x[..., 2 * half :])
+    return torch.cat(parts, dim=-1)
 
 
-def causal_mask(attention_mask: Tensor, query_len: int) -> Tensor:
+def causal_mask(attention_mask: Tensor, query_len: int, window: int | None = None) -> Tensor:
     """Which keys each query sees, `[B, 1, T, S]` bool.
 
-    A query sees valid keys up to its own place; its own place always, so that a padding row is
-    never empty (softmax of an empty row is NaN in some runtimes and would spread).
+    A query sees valid keys up to its own place, the last `window` of them; its own place always, so
+    that a padding row is never empty (softmax of an empty row is NaN in some runtimes and would
+    spread). Distance is counted in valid keys, so that padding does not shorten the window.
 
     Args:
         attention_mask: `[B, S]`, 1 at valid keys, past and new.
         query_len: T; the queries are the last T of the S places.
+        window: keys a query sees, itself included; None for all.
     """
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device).unsqueeze(0)
     places = torch.arange(query_len, device=attention_mask.device).unsqueeze(1)
     places = places + (total - query_len)
     visible = (keys <= places) & attention_mask.unsqueeze(1).to(torch.bool)
+    if window is not None:
+        order = attention_mask.cumsum(1)
+        own = order[:, total - query_len :]
+        visible = visible & (order.unsqueeze(1) > own.unsqueeze(2) - window)
     return (visible | (keys == places)).unsqueeze(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm) -> Tensor:
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the layers of one kind share in a step, beside the residual stream and their caches.
+
+    Attributes:
+        rotary: cosine and sine, each `[B, 1, T, R/2]`; None for a layer without.
+        keys: which keys are seen: a mask `[B, 1, T, S]`, or counts in the group-query form.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None
+    keys: Tensor | KeyCounts
+
+
+def layer_inputs(
+    shape: ModelShape,
+    inv_freq: Sequence[Tensor],
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    form: OperatorForm,
+) -> dict[LayerKind, LayerInputs]:
+    """The shared inputs of every kind of layer in `shape`.
+
+    Args:
+        shape: the architecture.
+        inv_freq: frequencies of each of `shape.ropes`.
+        attention_mask: `[B, S]`.
+        position_ids: `[B, T]`.
+        dtype: of activations.
+        form: spelling of attention.
+    """
+    rotary = {
+        rope: rotary_caches(rope, frequencies, position_ids, dtype)
+        for rope, frequencies in zip(shape.ropes, inv_freq, strict=True)
+    }
+    length, windows = position_ids.shape[1], {kind.window for kind in shape.layer_kinds}
+    keys: dict[int | None, Tensor | KeyCounts]
+    if form == "group-query":
+        assert windows == {None}, "GroupQueryAttention is not used for sliding windows"
+        keys = {None: count_keys(attention_mask)}
+    else:
+        keys = {window: causal_mask(attention_mask, length, window) for window in windows}
+    return {
+        kind: LayerInputs(rotary[kind.rope] if kind.rope else None, keys[kind.window])
+        for kind in shape.layer_kinds
+    }
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm, softcap: float | None = None
+) -> Tensor:
     """Softmax attention with grouped KV heads; scale 1 / sqrt(D).
 
     Args:
@@ -85,12 +162,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm) ->
         k: `[B, Hkv, S, D]`; Hkv divides H.
         v: `[B, Hkv, S, D]`.
         mask: `[B, 1, T, S]` bool, True where a query sees a key.
-        form: see module docstring.
+        form: "standard" or "primitive", see module docstring.
+        softcap: bound c of the scores, c tanh(s / c); always spelled out, for TensorRT ignores
+            the attribute of ONNX's Attention.
 
     Returns:
         `[B, H, T, D]`.
     """
-    if form == "standard":
+    if form == "standard" and softcap is None:
         shared = q.shape[1] != k.shape[1]  # the exporter refuses enable_gqa for equal heads
         return nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=shared
@@ -98,9 +177,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: OperatorForm) ->
     batch, heads, length, width = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
     # Scaling the queries, not the scores, keeps fp16 scores inside the range.
-    scores = (grouped * width**-0.5) @ k.unsqueeze(2).transpose(-1, -2)
+    scores = ((grouped * width**-0.5) @ k.unsqueeze(2).transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     lowest = torch.finfo(torch.float32).min
-    scores = torch.where(mask.unsqueeze(1), scores.float(), lowest)
+    scores = torch.where(mask.unsqueeze(1), scores, lowest)
     weights = torch.softmax(scores, dim=-1).to(v.dtype)
     return (weights @ v.unsqueeze(2)).flatten(1, 2)
 
@@ -130,35 +211,43 @@ class Attention(nn.Module):
         self.heads = (shape.num_heads, shape.head_dim)
         self.kv_heads = (shape.num_kv_heads, shape.head_dim)
         self.form: OperatorForm = form
+        self.softcap = shape.attention_softcap
         self.q_proj = nn.Linear(shape.hidden_size, shape.q_size, bias=shape.qkv_bias)
         self.k_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(shape.q_size, shape.hidden_size, bias=False)
+        self.qk_norm = shape.qk_norm
         if shape.qk_norm:
-            self.q_norm: nn.Module = RMSNorm(shape.head_dim, shape.norm_eps)
-            self.k_norm: nn.Module = RMSNorm(shape.head_dim, shape.norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+            self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Tensor, Tensor]
+        self, x: Tensor, shared: LayerInputs, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Attends from the new tokens to past and new ones.
 
         Args:
             x: `[B, T, hidden]`.
-            cos: `[B, 1, T, D/2]`.
-            sin: `[B, 1, T, D/2]`.
-            mask: `[B, 1, T, P + T]` bool.
+            shared: rotary positions and visible keys.
             past: keys (rotated) and values, each `[B, Hkv, P, D]`.
 
         Returns:
             The output `[B, T, hidden]` and the joined keys and values `[B, Hkv, P + T, D]`.
         """
-        q = self.q_norm(self.q_proj(x).unflatten(-1, self.heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.kv_heads)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, self.kv_heads).transpose(1, 2)
-        keys = torch.cat((past[0], apply_rotary(k, cos, sin)), dim=2)
-        values = torch.cat((past[1], v), dim=2)
-        y = attend(apply_rotary(q, cos, sin), keys, values, mask, self.form)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, self.heads)).flatten(2)
+            k = self.k_norm(k.unflatten(-1, self.kv_heads)).flatten(2)
+        if isinstance(shared.keys, KeyCounts):
+            y, present = group_query_attention(
+                q, k, v, past, shared.rotary, shared.keys, self.heads[0], self.softcap
+            )
+            return self.o_proj(y), present
+        q = q.unflatten(-1, self.heads).transpose(1, 2)
+        k = k.unflatten(-1, self.kv_heads).transpose(1, 2)
+        v = v.unflatten(-1, self.kv_heads).transpose(1, 2)
+        if shared.rotary is not None:
+            q, k = apply_rotary(q, *shared.rotary), apply_rotary(k, *shared.rotary)
+        keys, values = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        y = attend(q, keys, values, shared.keys, self.form, self.softcap)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (keys, values)

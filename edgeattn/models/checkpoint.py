@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeattn.errors import CheckpointError
-from edgeattn.models.families import LM_HEAD, parameter_names, shape_from_config
+from edgeattn.models.families import LM_HEAD
+from edgeattn.models.huggingface import StoredParameter, shape_from_config, stored_parameters
 from edgeattn.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def read_shape(path: Path) -> ModelShape:
 def _open_directory(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json", required=True)
     shape = shape_from_config(config)
-    weights = SafetensorsReader.open(path)
-    weights.check(shape)
+    weights = SafetensorsReader.open(path, shape, config)
     return Checkpoint(
         name=checkpoint_name(path),
         shape=shape,
@@ -145,21 +145,41 @@ class SafetensorsReader:
     Each read maps its file anew, so that pages of earlier tensors do not count as memory in use.
 
     Attributes:
-        files: parameter name in the files -> file.
+        files: tensor name in the files -> file.
+        stored: parameter name -> where it lies.
     """
 
     files: Mapping[str, Path]
+    stored: Mapping[str, StoredParameter]
 
     @classmethod
-    def open(cls, directory: Path) -> SafetensorsReader:
-        """Lists the tensors of `directory` from its index or its single file.
+    def open(
+        cls, directory: Path, shape: ModelShape, config: Mapping[str, Any]
+    ) -> SafetensorsReader:
+        """Lists the tensors of `directory` and checks that they are those of `shape`.
 
         Raises:
-            CheckpointError: no weights, a missing or broken shard, an index that leads outside.
+            CheckpointError: no weights, a missing or broken shard, an index that leads outside, or
+                tensors of another architecture.
         """
+        files = cls._files(directory)
+        if shape.num_layers > len(files):
+            # Also keeps an absurd number in config.json from being counted up to.
+            raise CheckpointError(
+                expected=f"weights of {shape.num_layers} layers, as config.json says",
+                came=f"the checkpoint holds {len(files)} tensors",
+                todo="use the config.json that belongs to these weights",
+            )
+        reader = cls(files, stored_parameters(shape, config))
+        reader._check(shape)
+        return reader
+
+    @staticmethod
+    def _files(directory: Path) -> dict[str, Path]:
+        """The file of each tensor, from the index or the single file."""
         single = directory / "model.safetensors"
         if single.is_file():
-            return cls(dict.fromkeys(_tensor_names(single), single))
+            return dict.fromkeys(_tensor_names(single), single)
         index = directory / "model.safetensors.index.json"
         if not index.is_file():
             raise CheckpointError(
@@ -183,34 +203,23 @@ class SafetensorsReader:
                     came="the shard does not hold it",
                     todo="download the shard and the index again",
                 )
-        return cls({name: files[shard] for name, shard in shards.items()})
+        return {name: files[shard] for name, shard in shards.items()}
 
-    def check(self, shape: ModelShape) -> None:
-        """Refuses a checkpoint whose tensors are not those of `shape`.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape or an unreadable dtype.
-        """
-        if shape.num_layers > len(self.files):
-            # Also keeps an absurd number in config.json from being counted up to.
-            raise CheckpointError(
-                expected=f"weights of {shape.num_layers} layers, as config.json says",
-                came=f"the checkpoint holds {len(self.files)} tensors",
-                todo="use the config.json that belongs to these weights",
-            )
+    def _check(self, shape: ModelShape) -> None:
+        """Every parameter is there, in its shape and a dtype we read, and nothing else."""
         headers = {file: _header(file) for file in set(self.files.values())}
-        for name, wanted in parameter_names(shape).items():
-            stored = self._stored_name(name)
-            found, dtype = headers[self.files[stored]][stored]
-            if found != wanted:
+        for parameter in self.stored.values():
+            name = self._stored_name(parameter.name)
+            found, dtype = headers[self.files[name]][name]
+            if found != parameter.shape:
                 raise CheckpointError(
-                    expected=f"tensor {stored} of shape {list(wanted)}, as config.json says",
+                    expected=f"tensor {name} of shape {list(parameter.shape)}, as config.json says",
                     came=f"its shape is {list(found)}",
                     todo="use the config.json that belongs to these weights",
                 )
             if dtype not in _DTYPES:
                 raise CheckpointError(
-                    expected=f"tensor {stored} in one of {', '.join(_DTYPES)}",
+                    expected=f"tensor {name} in one of {', '.join(_DTYPES)}",
                     came=f"it is stored as {dtype}",
                     todo="start from the unquantised checkpoint",
                 )
@@ -218,7 +227,7 @@ class SafetensorsReader:
 
     def _refuse_unread(self, shape: ModelShape) -> None:
         """A weight that nothing reads means another architecture: the numbers would be wrong."""
-        read = {self._stored_name(name) for name in parameter_names(shape)}
+        read = {self._stored_name(parameter.name) for parameter in self.stored.values()}
         for name in self.files:
             # Old checkpoints carry the frequencies; a tied head may be stored a second time.
             known = name.endswith("rotary_emb.inv_freq") or name == LM_HEAD
@@ -230,12 +239,19 @@ class SafetensorsReader:
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """The parameter in its stored dtype; a view of the mapped file."""
+        """The parameter: a view of the mapped file in its dtype, or computed from it in fp32."""
         from safetensors import safe_open
 
-        stored = self._stored_name(name)
+        parameter = self.stored[name]
+        stored = self._stored_name(parameter.name)
         with safe_open(self.files[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
+            tensor: torch.Tensor
+            if parameter.rows is None:
+                tensor = file.get_tensor(stored)
+            else:
+                tensor = file.get_slice(stored)[slice(*parameter.rows)]
+        if parameter.offset or parameter.factor != 1:
+            return (tensor.float() + parameter.offset) * parameter.factor
         return tensor
 
     def identity(self, config: Mapping[str, Any]) -> dict[str, Any]:

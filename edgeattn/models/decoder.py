@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from edgeattn.models.attention import (
     Attention,
+    LayerInputs,
     OperatorForm,
     RMSNorm,
-    causal_mask,
     inverse_frequencies,
-    rotary_caches,
+    layer_inputs,
 )
 from edgeattn.shape import ModelShape
 
@@ -35,23 +35,34 @@ class DecoderOutput:
     hidden: tuple[Tensor, ...]
 
 
+def rotary_name(index: int) -> str:
+    """Name of the frequencies of `shape.ropes[index]`, in the decoder and in the graph."""
+    return f"inv_freq_{index}"
+
+
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
+        self.activation = shape.activation
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`."""
-        hidden: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        if self.activation == "silu":
+            gate = nn.functional.silu(gate)
+        else:
+            gate = nn.functional.gelu(gate, approximate="tanh")
+        hidden: Tensor = self.down_proj(gate * self.up_proj(x))
         return hidden
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block, with norms after attention and MLP where the shape says."""
 
     def __init__(self, shape: ModelShape, form: OperatorForm) -> None:
         super().__init__()
@@ -59,18 +70,34 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(shape, form)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.mlp = MLP(shape)
+        if shape.output_norms:
+            self.attention_output_norm: nn.Module = RMSNorm(shape.hidden_size, shape.norm_eps)
+            self.mlp_output_norm: nn.Module = RMSNorm(shape.hidden_size, shape.norm_eps)
+        else:
+            self.attention_output_norm = self.mlp_output_norm = nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: tuple[Tensor, Tensor]
+        self, x: Tensor, shared: LayerInputs, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `Attention.forward` for the arguments; returns the stream and the joined cache."""
-        attended, present = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), present
+        attended, present = self.self_attn(self.input_layernorm(x), shared, past)
+        x = x + self.attention_output_norm(attended)
+        return x + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x))), present
+
+
+def embed(tokens: Tensor, shape: ModelShape) -> Tensor:
+    """The residual stream before layer 0 from rows of the embedding, `[B, T, hidden]`."""
+    return tokens if shape.embedding_scale == 1 else tokens * shape.embedding_scale
+
+
+def soften(logits: Tensor, shape: ModelShape) -> Tensor:
+    """Logits under the shape's softcap c: c tanh(logits / c)."""
+    cap = shape.logits_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Decoder(nn.Module):
-    """A Llama-like decoder whose layers and options come from a `ModelShape`.
+    """A decoder whose layers and options come from a `ModelShape`.
 
     Args:
         shape: the architecture.
@@ -78,20 +105,20 @@ class Decoder(nn.Module):
         last_logits_only: compute logits of the last position only.
     """
 
-    inv_freq: Tensor
-
     def __init__(
         self, shape: ModelShape, *, form: OperatorForm = "standard", last_logits_only: bool = False
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.form: OperatorForm = form
         self.last_logits_only = last_logits_only
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(shape, form) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         if not shape.tied_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
+        for i, rope in enumerate(shape.ropes):
+            self.register_buffer(rotary_name(i), inverse_frequencies(rope), persistent=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: KVCache
@@ -104,12 +131,18 @@ class Decoder(nn.Module):
             position_ids: `[B, T]` rotary positions.
             past: per layer keys and values `[B, Hkv, P, D]`.
         """
-        x = self.embed_tokens(input_ids)
-        cos, sin = rotary_caches(self.inv_freq, position_ids, x.dtype)
-        mask = causal_mask(attention_mask, input_ids.shape[1])
+        x = embed(self.embed_tokens(input_ids), self.shape)
+        shared = layer_inputs(
+            self.shape,
+            [self.get_buffer(rotary_name(i)) for i in range(len(self.shape.ropes))],
+            attention_mask,
+            position_ids,
+            dtype=x.dtype,
+            form=self.form,
+        )
         hidden, present = [x], []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            x, joined = layer(x, cos, sin, mask, layer_past)
+        for i, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True)):
+            x, joined = layer(x, shared[self.shape.layer_kind(i)], layer_past)
             hidden.append(x)
             present.append(joined)
         if self.last_logits_only:
@@ -118,11 +151,12 @@ class Decoder(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.embed_tokens if self.shape.tied_embeddings else self.lm_head
-        return nn.functional.linear(x, head.weight)
+        return soften(nn.functional.linear(x, head.weight), self.shape)
 
     def reset_rotary(self) -> None:
         """Recomputes the rotary frequencies, in fp32, after the module was moved or emptied."""
-        self.inv_freq = inverse_frequencies(self.shape)
+        for i, rope in enumerate(self.shape.ropes):
+            self.register_buffer(rotary_name(i), inverse_frequencies(rope), persistent=False)
 
     def convert(self, dtype: torch.dtype) -> Decoder:
         """Converts the parameters in place; rotary frequencies stay fp32, as in the graph."""

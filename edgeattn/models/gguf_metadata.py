@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from edgeattn.errors import CheckpointError
 from edgeattn.models.families import FAMILIES, Family
 from edgeattn.models.gguf_header import GgufHeader, Metadata
-from edgeattn.shape import ModelShape, RopeScaling
+from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
 EMBEDDING_TENSOR = "token_embd.weight"
 HEAD_TENSOR = "output.weight"
@@ -70,7 +69,9 @@ def shape_from_metadata(header: GgufHeader, rope_factors: Sequence[float] | None
     hidden = metadata.integer(prefix + "embedding_length")
     head_dim = metadata.integer(prefix + "attention.key_length", hidden // max(heads, 1))
     _require_full_rotation(metadata, prefix, head_dim)
-    shape = ModelShape(
+    theta = metadata.number(prefix + "rope.freq_base", 10000.0)
+    scaling = recover_rope_scaling(rope_factors, theta, head_dim)
+    return ModelShape(
         family=family.name,
         num_layers=_num_layers(header, prefix + "block_count"),
         hidden_size=hidden,
@@ -81,13 +82,11 @@ def shape_from_metadata(header: GgufHeader, rope_factors: Sequence[float] | None
         vocab_size=_vocab_size(header),
         max_context=metadata.integer(prefix + "context_length"),
         norm_eps=metadata.number(prefix + "attention.layer_norm_rms_epsilon"),
-        rope_theta=metadata.number(prefix + "rope.freq_base", 10000.0),
+        layer_cycle=(LayerKind(Rope(head_dim, theta, scaling)),),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tied_embeddings=HEAD_TENSOR not in header.tensors,
     )
-    scaling = recover_rope_scaling(rope_factors, shape.rope_theta, shape.head_dim)
-    return replace(shape, rope_scaling=scaling)
 
 
 def config_from_shape(shape: ModelShape, dtype: str, token_ids: dict[str, int]) -> dict[str, Any]:
@@ -98,7 +97,8 @@ def config_from_shape(shape: ModelShape, dtype: str, token_ids: dict[str, int]) 
         dtype: name of the torch dtype most weights are read in.
         token_ids: "bos_token_id" and the like, those that are known.
     """
-    scaling = shape.rope_scaling
+    (rope,) = shape.ropes
+    scaling = rope.scaling
     return {
         "architectures": [f"{shape.family.capitalize()}ForCausalLM"],
         "model_type": shape.family,
@@ -112,7 +112,7 @@ def config_from_shape(shape: ModelShape, dtype: str, token_ids: dict[str, int]) 
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_context,
         "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
+        "rope_theta": rope.theta,
         "rope_scaling": None
         if scaling.kind == "none"
         else {

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edgeattn.devices.registry import Target
+from edgeattn.devices.schema import GraphRules
 from edgeattn.errors import BundleError, LoweringError, UsageError
 from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.recipe import Recipe
@@ -23,11 +24,14 @@ class Lowering:
         dtype: activations, unquantised weights, cache and logits.
         scheme: quantisation.
         opset: of the ONNX standard domain.
-        attention: "standard" (Attention-23) or "primitive" operators.
+        attention: "standard" (Attention-23), "primitive" operators, or "group-query" (ONNX
+            Runtime's GroupQueryAttention).
         embedding: how a quantised table is read: "dequantize-gather" (TensorRT takes a quantised
             constant only right before DequantizeLinear, and folds the pair) or
             "gather-dequantize" (ONNX Runtime would dequantise the whole table at each step).
-        kv_cache: "concat" joins past and new keys outside the attention.
+        kv_cache: "concat" joins past and new keys outside the attention, slot by slot;
+            "shared-buffer" packs each row's keys at its front and writes in place where past and
+            present are one buffer; it takes padding on the right of a prefill only.
         logits: "all" or "last".
         batch: most rows at once.
         context: longest sequence asked for; None is the checkpoint's own.
@@ -40,9 +44,9 @@ class Lowering:
     dtype: Literal["fp32", "fp16", "bf16"]
     scheme: Scheme
     opset: int
-    attention: Literal["standard", "primitive"]
+    attention: Literal["standard", "primitive", "group-query"]
     embedding: Literal["dequantize-gather", "gather-dequantize"]
-    kv_cache: Literal["concat"]
+    kv_cache: Literal["concat", "shared-buffer"]
     logits: Literal["all", "last"]
     batch: int
     context: int | None
@@ -141,11 +145,20 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
             came=f"--context is {lowering.context}",
             todo="ask for less",
         )
-    graph = target.software.graph
-    low, high = graph.min_head_dim or 1, graph.max_head_dim or shape.head_dim
+    within = shape.within(lowering.context or shape.max_context)
+    return _fit_attention(lowering, within, target.software.graph)
+
+
+def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> Lowering:
+    """The spelling of attention that the target has right kernels for."""
+    head_dim = shape.head_dim
+    if lowering.attention == "group-query":
+        if shape.has_windows or head_dim % graph.head_dim_multiple:
+            return replace(lowering, attention="standard", kv_cache="concat")
+        return lowering
+    low, high = graph.min_head_dim or 1, graph.max_head_dim or head_dim
     # Outside the widths TensorRT has kernels for, its builder takes the primitive spelling only.
-    attention = lowering.attention if low <= shape.head_dim <= high else "primitive"
-    return replace(lowering, attention=attention)
+    return lowering if low <= head_dim <= high else replace(lowering, attention="primitive")
 
 
 def _refused(target: Target, expected: str, came: str) -> LoweringError:

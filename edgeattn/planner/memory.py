@@ -20,7 +20,12 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
     quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
     quantised += tables * shape.vocab_size * shape.hidden_size
     rest = (shape.num_parameters - quantised) * wide
-    return shape.num_layers * linear + tables * table + rest + 2 * shape.head_dim
+    return (
+        shape.num_layers * linear
+        + tables * table
+        + rest
+        + 2 * sum(rope.dim for rope in shape.ropes)
+    )
 
 
 def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: int) -> int:

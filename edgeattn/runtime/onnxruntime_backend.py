@@ -19,6 +19,7 @@ from edgeattn.errors import (
     UsageError,
     unknown_name,
 )
+from edgeattn.runtime.kv_buffer import PAST, PRESENT, InPlaceRunner, Prefix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +33,6 @@ _LOG_ERRORS_ONLY = 3
 # head): logits off by 0.8 %, measured from 1.23.2 to 1.28. There its quantisation passes stay off,
 # which costs speed.
 _QDQ_SOUND = (1, 30)
-_PAST, _PRESENT = "past_key_values.", "present."
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -85,8 +85,12 @@ def open_onnxruntime(
         ) from error
 
 
+# ONNX Runtime's own tensors, or part of a buffer it writes in place.
+Cache = tuple[Any, ...] | Prefix
+
+
 class OnnxRuntimeBackend:
-    """A bundle's decoder in ONNX Runtime; the cache stays in ONNX Runtime's own tensors."""
+    """A bundle's decoder in ONNX Runtime."""
 
     def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, exact: bool) -> None:
         _check_graph(bundle)
@@ -98,26 +102,30 @@ class OnnxRuntimeBackend:
             raise _cannot_load(bundle, error) from error
         self._value = _onnxruntime().OrtValue
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self._past = [name for name in inputs if name.startswith(_PAST)]
-        self._outputs = ["logits", *(_PRESENT + name[len(_PAST) :] for name in self._past)]
+        self._past = [name for name in inputs if name.startswith(PAST)]
+        self._outputs = ["logits", *(PRESENT + name[len(PAST) :] for name in self._past)]
         given = {value.name for value in self._session.get_outputs()}
         missing = [name for name in _MODEL_INPUTS if name not in inputs]
         missing += [name for name in self._outputs if name not in given]
         if missing or not self._past:
             raise BundleError(
                 expected=f"a decoder in {bundle.model_file}",
-                came=f"the graph has no {missing[0] if missing else _PAST + 'N.key'}",
+                came=f"the graph has no {missing[0] if missing else PAST + 'N.key'}",
                 todo="export the bundle again",
             )
         self._empty = [(inputs[name].type, inputs[name].shape) for name in self._past]
+        self._in_place: InPlaceRunner | None = None
+        if bundle.manifest.lowering.get("kv_cache") == "shared-buffer":
+            context = bundle.manifest.lowering.get("context") or bundle.shape.max_context
+            self._in_place = InPlaceRunner(self._session, ["logits"], context)
 
     def run(
         self,
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
-        cache: tuple[Any, ...] | None,
-    ) -> tuple[NDArray[np.float32], tuple[Any, ...]]:
+        cache: Cache | None,
+    ) -> tuple[NDArray[np.float32], Cache]:
         """One step of the decoder.
 
         Args:
@@ -134,10 +142,16 @@ class OnnxRuntimeBackend:
         """
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         feeds["position_ids"] = position_ids
-        values = {name: self._to_value(array) for name, array in feeds.items()}
-        values.update(zip(self._past, cache or self._empty_cache(len(input_ids)), strict=True))
         try:
+            if self._in_place is not None:
+                assert cache is None or isinstance(cache, Prefix)
+                outputs, written = self._in_place.run(feeds, cache)
+                return outputs["logits"].astype(np.float32, copy=False), written
+            assert not isinstance(cache, Prefix)
+            values = {name: self._to_value(array) for name, array in feeds.items()}
+            values.update(zip(self._past, cache or self._empty_cache(len(input_ids)), strict=True))
             logits, *present = self._session.run_with_ort_values(self._outputs, values)
+            return logits.numpy().astype(np.float32, copy=False), tuple(present)
         except Exception as error:  # as in open_onnxruntime
             batch, length = input_ids.shape
             raise RuntimeInputError(
@@ -145,10 +159,11 @@ class OnnxRuntimeBackend:
                 came=f"{batch} x {length} tokens failed: {first_line(error)}",
                 todo="give fewer tokens at once or free memory",
             ) from error
-        return logits.numpy().astype(np.float32, copy=False), tuple(present)
 
-    def cache_bytes(self, cache: tuple[Any, ...]) -> int:
+    def cache_bytes(self, cache: Cache) -> int:
         """Memory of a cache in bytes."""
+        if isinstance(cache, Prefix):
+            return cache.nbytes
         return sum(int(value.tensor_size_in_bytes()) for value in cache)
 
     def _to_value(self, array: NDArray[np.int64]) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from edgeattn.bundle.bundle import CONFIG, GENERATION_CONFIG, Bundle
 from edgeattn.errors import BundleError, RuntimeInputError, unknown_name
-from edgeattn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from edgeattn.runtime.onnxruntime_backend import Cache, OnnxRuntimeBackend
 from edgeattn.runtime.text import Text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class State:
     _owner: Session = field(repr=False)
     _mask: NDArray[np.int64] = field(repr=False)  # [B, P], 1 at tokens
     _next: NDArray[np.int64] = field(repr=False)  # [B], position of the next token
-    _cache: tuple[Any, ...] = field(repr=False)
+    _cache: Cache = field(repr=False)
 
     @property
     def batch(self) -> int:

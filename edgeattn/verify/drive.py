@@ -18,9 +18,12 @@ class Backend(Protocol):
 
     Attributes:
         name: shown in reports ("torch", "onnxruntime").
+        packed_cache: whether each row's keys lie at the front of the cache, without gaps where the
+            attention mask has them.
     """
 
     name: str
+    packed_cache: bool
 
     def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
         """One forward pass.
@@ -66,6 +69,8 @@ def drive(
                 progress(done, total)
         assert output is not None
         valid = case.steps[-1].attention_mask.astype(bool)
+        if backend.packed_cache:
+            valid = np.arange(valid.shape[1]) < valid.sum(axis=1, keepdims=True)
         for name, value in output.items():
             if name.startswith("present."):
                 array = backend.to_numpy(value).transpose(0, 2, 1, 3)

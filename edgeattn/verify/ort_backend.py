@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn.planner.lowering import Lowering
+from edgeattn.runtime.kv_buffer import PAST, PRESENT, InPlaceRunner, Prefix
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 from edgeattn.verify.cases import StepInputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+# Room for the longest case, so that caches are appended to in place.
+_CONTEXT = 64
 
 
 class OrtBackend:
@@ -25,20 +30,23 @@ class OrtBackend:
 
     Args:
         model: model.onnx; its weights lie beside it.
-        dtype: of the bundle.
+        lowering: dtype and cache of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
     """
 
-    def __init__(self, model: Path, *, dtype: str, hidden: bool = False) -> None:
+    def __init__(self, model: Path, lowering: Lowering, *, hidden: bool = False) -> None:
+        dtype = lowering.dtype
         self.name = "onnxruntime" + (" (bf16 widened to fp32)" if dtype == "bf16" else "")
         source: Path | bytes = model
         if hidden or dtype == "bf16":
             source = _rewritten(model, hidden=hidden, widen=dtype == "bf16")
         self._session = open_onnxruntime(source, weights_dir=model.parent, exact=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._past = {
-            i.name: i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")
-        }
+        self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
+        self.packed_cache = lowering.kv_cache == "shared-buffer"
+        if self.packed_cache:
+            names = [name for name in self._outputs if not name.startswith(PRESENT)]
+            self._in_place = InPlaceRunner(self._session, names, context=_CONTEXT)
 
     def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
         """See `edgeattn.verify.drive.Backend.step`."""
@@ -47,6 +55,8 @@ class OrtBackend:
             "attention_mask": inputs.attention_mask,
             "position_ids": inputs.position_ids,
         }
+        if self.packed_cache:
+            return self._step_in_place(inputs, past)
         for name, declared in self._past.items():
             if past is None:
                 heads, head_dim = declared.shape[1], declared.shape[3]
@@ -54,9 +64,18 @@ class OrtBackend:
                 dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[declared.type]
                 feeds[name] = np.zeros(size, dtype=dtype)
             else:
-                feeds[name] = past[name.replace("past_key_values.", "present.")]
+                feeds[name] = past[name.replace(PAST, PRESENT)]
         values = self._session.run(self._outputs, feeds)
         return dict(zip(self._outputs, values, strict=True))
+
+    def _step_in_place(
+        self, inputs: StepInputs, past: Mapping[str, object] | None
+    ) -> Mapping[str, object]:
+        """As the runtime does it, so that the proof is about what will run."""
+        before = None if past is None else past["cache"]
+        assert before is None or isinstance(before, Prefix)
+        outputs, cache = self._in_place.run(vars(inputs), before)
+        return {**outputs, **cache.tensors(), "cache": cache}
 
     def to_numpy(self, value: object) -> NDArray[np.float32]:
         """See `edgeattn.verify.drive.Backend.to_numpy`."""

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeattn.models.attention import RMSNorm, causal_mask, inverse_frequencies, rotary_caches
-from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.attention import OperatorForm, RMSNorm, inverse_frequencies, layer_inputs
+from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, rounded
 from edgeattn.planner.lowering import Lowering
@@ -80,13 +80,19 @@ class _Walk:
         self.lowering = lowering
         self.cases = cases
         self.weight_dtype = TORCH_DTYPES[lowering.dtype]
-        self.inv_freq = inverse_frequencies(model.shape)
+        # What has no meaning in torch is compared with the standard form.
+        group_query = lowering.attention == "group-query"
+        self.form: OperatorForm = "standard" if group_query else lowering.attention
+        self.inv_freq = [inverse_frequencies(rope) for rope in model.shape.ropes]
         self.names = parameter_names(model.shape)
 
     def embed(self, dtype: torch.dtype) -> _Run:
         table = self._weight(EMBEDDING)
         hidden = [
-            [table[torch.from_numpy(step.input_ids)].to(dtype) for step in case.steps]
+            [
+                embed(table[torch.from_numpy(step.input_ids)].to(dtype), self.shape)
+                for step in case.steps
+            ]
             for case in self.cases
         ]
         run = _Run(dtype, hidden, {})
@@ -96,7 +102,7 @@ class _Walk:
     def layer(self, index: int, runs: Sequence[_Run]) -> None:
         prefix = f"layers.{index}."
         with torch.device("meta"):
-            module = DecoderLayer(self.shape, self.lowering.attention)
+            module = DecoderLayer(self.shape, self.form)
         module = module.to(self.weight_dtype).to_empty(device="cpu").eval()
         parameters = dict(module.named_parameters())
         for name in self.names:
@@ -115,10 +121,15 @@ class _Walk:
         size = (hidden[0].shape[0], self.shape.num_kv_heads, 0, self.shape.head_dim)
         past = (torch.zeros(size, dtype=run.dtype), torch.zeros(size, dtype=run.dtype))
         for i, step in enumerate(case.steps):
-            mask = causal_mask(torch.from_numpy(step.attention_mask), step.input_ids.shape[1])
-            positions = torch.from_numpy(step.position_ids)
-            cos, sin = rotary_caches(self.inv_freq, positions, run.dtype)
-            hidden[i], past = module(hidden[i], cos, sin, mask, past)
+            shared = layer_inputs(
+                self.shape,
+                self.inv_freq,
+                torch.from_numpy(step.attention_mask),
+                torch.from_numpy(step.position_ids),
+                dtype=run.dtype,
+                form=self.form,
+            )
+            hidden[i], past = module(hidden[i], shared[self.shape.layer_kind(index)], past)
         valid = case.steps[-1].attention_mask.astype(bool)
         for part, tensor in zip(("key", "value"), past, strict=True):
             array = _numpy(tensor.transpose(1, 2))[valid]
@@ -136,6 +147,7 @@ class _Walk:
                 for i, step in enumerate(case.steps)
             }
             logits = _multiply(norm(torch.cat(list(rows.values()))), matrix)
+            logits = soften(logits, self.shape)
             begin = 0
             for name, places in rows.items():
                 run.found[name] = _numpy(logits[begin : begin + len(places)])

@@ -178,12 +178,12 @@ def check_onnxruntime(
     name the first bad layer.
     """
     stage = _staged(progress, "ONNX Runtime")
-    backend = OrtBackend(model_file, dtype=lowering.dtype)
+    backend = OrtBackend(model_file, lowering)
     agreement = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     if agreement.passed:
         return agreement
     stage = _staged(progress, "ONNX Runtime, layer by layer")
-    backend = OrtBackend(model_file, dtype=lowering.dtype, hidden=True)
+    backend = OrtBackend(model_file, lowering, hidden=True)
     detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
 

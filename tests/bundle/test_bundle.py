@@ -175,8 +175,9 @@ def test_no_bundle(tmp_path: Path, kind: str) -> None:
     [
         {},
         {"num_layers": 3},
-        {"rope_scaling": 3},
-        {"family": "llama", "num_layers": "three", "rope_scaling": {}},
+        {"layer_cycle": 3},
+        {"layer_cycle": [{"rope": {"dim": 4, "theta": 1.0, "scaling": []}, "window": None}]},
+        {"family": "llama", "num_layers": "three", "layer_cycle": []},
     ],
 )
 def test_a_shape_that_does_not_add_up(

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgeattn.errors import CheckpointError, EdgeattnError
 from edgeattn.models.checkpoint import open_checkpoint, read_shape
-from edgeattn.models.families import shape_from_config
+from edgeattn.models.huggingface import shape_from_config
 from edgeattn.shape import ModelShape
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -157,9 +157,28 @@ def test_a_config_that_cannot_be_read(
         ({"hidden_size": 10**30}, ("shape", "config.json")),
         ({"num_attention_heads": 0}, ("a positive num_heads", "it is 0")),
         ({"num_key_value_heads": 3}, ("query heads that KV heads divide", "4 query and 3 KV")),
-        ({"head_dim": 15}, ("an even head_dim", "it is 15")),
-        ({"rope_scaling": {"rope_type": "yarn"}}, ("default or llama3", "'yarn'")),
+        ({"head_dim": 15}, ("an even, positive number of rotated elements", "it is 15")),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            ("default, linear, llama3 or longrope", "'yarn'"),
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, ("'factor'", "the key is missing")),
+        ({"rope_scaling": {"rope_type": "linear"}}, ("'factor'", "the key is missing")),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, ("a positive factor",)),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            ("'original_max_position_embeddings'", "the key is missing"),
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]},
+                "original_max_position_embeddings": 64,
+            },
+            ("8 divisors", "there are 1"),
+        ),
+        ({"partial_rotary_factor": 0}, ("rotated elements", "it is 0")),
+        ({"partial_rotary_factor": 2}, ("at most 16 rotated elements", "there are 32")),
+        ({"partial_rotary_factor": 0.19}, ("an even, positive number", "it is 3")),
         ({"rope_scaling": "llama3"}, ("an object under 'rope_scaling'",)),
         (
             {
@@ -173,6 +192,18 @@ def test_a_config_that_cannot_be_read(
             },
             ("factor",),
         ),
+        ({"model_type": "mistral", "sliding_window": 0}, ("a positive sliding window",)),
+        ({"model_type": "mistral", "sliding_window": "4k"}, ("an integer under 'sliding_window'",)),
+        ({"model_type": "qwen2", "use_sliding_window": True}, ("without sliding-window",)),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, ("a list of 3 entries",)),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ("a positive number",)),
+        (
+            {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": ["full"] * 3},
+            ("sliding_attention or full_attention", "'full'"),
+        ),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ("later tokens",)),
+        ({"model_type": "gemma2", "final_logit_softcapping": 0}, ("a positive logits_softcap",)),
+        ({"hidden_act": "relu"}, ("silu or swish or gelu_pytorch_tanh", "'relu'")),
         ({"attention_bias": True}, ("without a bias", "attention_bias to True")),
         ({"quantization_config": {"bits": 4}}, ("quantised by another tool",)),
         ({"vocab_size": 300}, ("embed_tokens.weight of shape [300, 64]", "[272, 64]")),
@@ -237,11 +268,6 @@ def test_a_weight_that_nothing_reads(copy: Path, refused: Callable[..., str], ex
     tensors = load_file(copy / "model.safetensors")
     save_file({**tensors, extra: np.zeros(64, np.float32)}, copy / "model.safetensors")
     refused(copy, f"also holds {extra}")
-
-
-def test_a_partial_rotation(copy: Path, refused: Callable[..., str]) -> None:
-    change_config(copy, partial_rotary_factor=0.5)
-    refused(copy, "partial_rotary_factor is 0.5")
 
 
 def test_integers_for_weights(copy: Path, refused: Callable[..., str]) -> None:

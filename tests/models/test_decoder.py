@@ -13,6 +13,7 @@ import transformers
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.model import load_decoder, model_of
+from edgeattn.shape import ModelShape
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,
@@ -31,6 +32,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# One divisor per frequency of a head of 8; the original context is longer than what is tested.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 128,
+}
+# transformers puts the padding token of its defaults beyond this vocabulary.
+PAD = {**TINY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GEMMA = {**PAD, "num_hidden_layers": 4, "head_dim": 12, "sliding_window": 7}
 FAMILIES: dict[str, transformers.PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**TINY),
     "llama-tied": transformers.LlamaConfig(**TINY, tie_word_embeddings=True),
@@ -39,6 +51,31 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     "llama-head-dim": transformers.LlamaConfig(**TINY, head_dim=12),
     "qwen2": transformers.Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**TINY, head_dim=20),
+    "llama-rope-linear": transformers.LlamaConfig(
+        **TINY, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "mistral": transformers.MistralConfig(**TINY, sliding_window=None),
+    "mistral-window": transformers.MistralConfig(**TINY, sliding_window=7),
+    "smollm3": transformers.SmolLM3Config(**{**PAD, "num_hidden_layers": 5}),
+    "smollm3-named-layers": transformers.SmolLM3Config(**PAD, no_rope_layers=[0, 1, 1]),
+    "phi3": transformers.Phi3Config(**PAD, sliding_window=7),
+    "phi4-mini": transformers.Phi3Config(
+        **{**PAD, "hidden_size": 64, "num_attention_heads": 4},
+        rope_parameters={**LONGROPE, "partial_rotary_factor": 0.5},
+        original_max_position_embeddings=128,
+        tie_word_embeddings=True,
+    ),
+    "gemma2": transformers.Gemma2Config(
+        **GEMMA,
+        query_pre_attn_scalar=9,
+        attn_logit_softcapping=0.1,
+        final_logit_softcapping=0.5,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **GEMMA,
+        query_pre_attn_scalar=16,
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+    ),
 }
 TOLERANCE = 1e-4
 
@@ -115,18 +152,28 @@ def test_primitive_form_equals_standard_form(pair: tuple[Any, Decoder, Path]) ->
     torch.testing.assert_close(primitive(*arguments).logits, ours(*arguments).logits)
 
 
-@pytest.mark.parametrize("change", ["rope_theta", "norm_eps", "qk_norm", "qkv_bias"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rope_theta",
+        "norm_eps",
+        "qk_norm",
+        "qkv_bias",
+        "window",
+        "no_rope",
+        "activation",
+        "output_norms",
+        "embedding_scale",
+        "attention_softcap",
+        "logits_softcap",
+    ],
+)
 @torch.inference_mode()
 def test_a_wrong_architecture_differs(pair: tuple[Any, Decoder, Path], change: str) -> None:
     """The comparison above is only worth something if these mistakes exceed its tolerance."""
     theirs, ours, path = pair
     shape = ours.shape
-    wrong = {
-        "rope_theta": replace(shape, rope_theta=shape.rope_theta * 2),
-        "norm_eps": replace(shape, norm_eps=0.1),
-        "qk_norm": replace(shape, qk_norm=False),
-        "qkv_bias": replace(shape, qkv_bias=False),
-    }[change]
+    wrong = replace(shape, **_mistake(shape, change))
     if wrong == shape:
         pytest.skip(f"{shape.family} has no {change}")
     model = replace(model_of(open_checkpoint(path)), shape=wrong)
@@ -134,6 +181,29 @@ def test_a_wrong_architecture_differs(pair: tuple[Any, Decoder, Path], change: s
     ids = torch.randint(0, 97, (1, 40))
     output = decoder(ids, torch.ones_like(ids), torch.arange(40).unsqueeze(0), ours.empty_cache(1))
     assert (output.logits - theirs(ids).logits).abs().max() > 10 * TOLERANCE
+
+
+def _mistake(shape: ModelShape, change: str) -> dict[str, Any]:
+    """Fields of a shape that is wrong in one respect."""
+    neutral = {"qk_norm": False, "qkv_bias": False, "output_norms": False}
+    neutral |= {"embedding_scale": 1.0, "attention_softcap": None, "logits_softcap": None}
+    if change in neutral:
+        return {change: neutral[change]}
+    if change == "norm_eps":
+        return {"norm_eps": 0.1}
+    if change == "activation":
+        return {"activation": "silu" if shape.activation == "gelu-tanh" else "gelu-tanh"}
+    cycle = []
+    for kind in shape.layer_cycle:
+        rope = kind.rope
+        if change == "window":
+            kind = replace(kind, window=kind.window and kind.window + 1)
+        elif change == "no_rope":
+            kind = replace(kind, rope=rope or shape.ropes[0])
+        elif rope is not None:
+            kind = replace(kind, rope=replace(rope, theta=rope.theta * 2))
+        cycle.append(kind)
+    return {"layer_cycle": tuple(cycle)}
 
 
 def test_sharded_checkpoint_equals_single_file(

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,25 @@ from hypothesis import strategies as st
 
 from edgeattn.errors import CheckpointError, EdgeattnError, MissingDependencyError
 from edgeattn.models.checkpoint import open_checkpoint, read_shape
-from edgeattn.models.families import parameter_names, shape_from_config
+from edgeattn.models.families import parameter_names
 from edgeattn.models.gguf import open_gguf
 from edgeattn.models.gguf_header import read_header
 from edgeattn.models.gguf_metadata import recover_rope_scaling, rope_factors_of
-from edgeattn.shape import ModelShape, RopeScaling
+from edgeattn.models.huggingface import shape_from_config
+from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
 SHAPE = ModelShape(
     family="llama", num_layers=2, hidden_size=256, num_heads=8, num_kv_heads=2, head_dim=32,
-    intermediate_size=512, vocab_size=96, max_context=128, norm_eps=1e-5, rope_theta=10000.0,
+    intermediate_size=512, vocab_size=96, max_context=128, norm_eps=1e-5,
+    layer_cycle=(LayerKind(Rope(32, 10000.0)),),
 )  # fmt: skip
+
+
+def shaped(head_dim: int, theta: float = 10000.0) -> ModelShape:
+    """SHAPE with other heads."""
+    return replace(SHAPE, head_dim=head_dim, layer_cycle=(LayerKind(Rope(head_dim, theta)),))
+
+
 IN_BLOCK = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -91,7 +101,7 @@ def write_gguf(
         "feed_forward_length": shape.intermediate_size,
         "attention.head_count": shape.num_heads,
         "attention.head_count_kv": shape.num_kv_heads,
-        "rope.freq_base": shape.rope_theta,
+        "rope.freq_base": shape.ropes[0].theta,
         "rope.dimension_count": shape.head_dim,
         "attention.layer_norm_rms_epsilon": shape.norm_eps,
         "vocab_size": shape.vocab_size,
@@ -134,7 +144,7 @@ def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_shape_and_config_say_what_was_written(tmp_path: Path, tied: bool, head_dim: int) -> None:
-    shape = ModelShape(**{**vars(SHAPE), "tied_embeddings": tied, "head_dim": head_dim})
+    shape = replace(shaped(head_dim), tied_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", shape))
     assert checkpoint.shape == shape
     assert shape_from_config(json.loads(json.dumps(checkpoint.config))) == shape
@@ -247,14 +257,13 @@ def test_llama3_scaling_is_recovered_from_its_factors(
         else [1.0] * (head_dim // 2)
     )
     assert recover_rope_scaling(factors.tolist(), theta, head_dim) == scaling
-    changes = {"head_dim": head_dim, "rope_theta": theta}
     path = write_gguf(
         tmp_path / "m.gguf",
-        ModelShape(**{**vars(SHAPE), **changes}),
+        shaped(head_dim, theta),
         tensors={"rope_freqs.weight": (factors, Kind.F32)},
     )
     checkpoint = open_gguf(path)
-    assert checkpoint.shape.rope_scaling == scaling
+    assert checkpoint.shape.ropes == (Rope(head_dim, theta, scaling),)
     assert shape_from_config(checkpoint.config) == checkpoint.shape
 
 
@@ -267,7 +276,7 @@ def test_rope_factors_are_those_of_transformers(tmp_path: Path) -> None:
     factors = np.float32(converter_factors(scaling, 500000.0, 32))
     path = write_gguf(
         tmp_path / "m.gguf",
-        ModelShape(**{**vars(SHAPE), "rope_theta": 500000.0}),
+        shaped(32, 500000.0),
         tensors={"rope_freqs.weight": (factors, Kind.F32)},
     )
     config = LlamaConfig(**open_gguf(path).config)
@@ -420,7 +429,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     }
     shape = ModelShape(
         family="llama", num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
-        intermediate_size=32, vocab_size=6, max_context=64, norm_eps=1e-5, rope_theta=10000.0,
+        intermediate_size=32, vocab_size=6, max_context=64, norm_eps=1e-5,
+        layer_cycle=(LayerKind(Rope(16, 10000.0)),),
     )  # fmt: skip
     factors = np.float32(converter_factors(RopeScaling("llama3", 8.0), 10000.0, 16))
     path = tmp_path_factory.mktemp("whole") / "m.gguf"

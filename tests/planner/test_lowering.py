@@ -14,9 +14,12 @@ from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.planner.memory import weight_bytes
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import DTYPES, Recipe
-from edgeattn.shape import ModelShape
+from edgeattn.shape import LayerKind, ModelShape, Rope
 
-SMOLLM2 = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, tied_embeddings=True)
+ROTARY = (LayerKind(Rope(64, 1e5)),)
+SMOLLM2 = ModelShape(
+    "llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, ROTARY, tied_embeddings=True
+)
 QUANTS = [*SCHEMES, "w4-rtn:group=32", "w4-rtn:group=128"]
 
 
@@ -52,7 +55,7 @@ def test_every_combination_is_lowered_or_refused_with_a_reason() -> None:
 @pytest.mark.parametrize(
     ("target", "quant", "expected"),
     [
-        ("cpu", "none", ("fp32", 23, "standard", "gather-dequantize", None)),
+        ("cpu", "none", ("fp32", 23, "group-query", "gather-dequantize", None)),
         ("jetson-orin", "none", ("fp16", 23, "standard", "dequantize-gather", 86)),
         ("jetson-orin@jetpack6.2", "none", ("fp16", 20, "primitive", "dequantize-gather", 86)),
         ("jetson-orin@jetpack6.2", "w4-rtn", ("fp16", 21, "primitive", "dequantize-gather", 86)),
@@ -80,7 +83,7 @@ def test_refusal_table(target: str, quant: str, dtype: str | None, reason: str) 
 
 
 def test_a_group_that_does_not_divide_is_refused_by_layer() -> None:
-    narrow = ModelShape("llama", 2, 96, 4, 4, 24, 172, 100, 512, 1e-5, 1e4)
+    narrow = ModelShape("llama", 2, 96, 4, 4, 24, 172, 100, 512, 1e-5, (LayerKind(Rope(24, 1e4)),))
     with pytest.raises(LoweringError, match=r"96 inputs of self_attn\.q_proj"):
         fit(narrow, "cpu", "w4-rtn")
     with pytest.raises(LoweringError, match=r"172 inputs of mlp\.down_proj"):
@@ -100,13 +103,34 @@ def test_a_context_beyond_the_checkpoint_is_refused() -> None:
         ("l4", 64, "standard"),
         ("l4", 8, "primitive"),
         ("l4", 320, "primitive"),
-        ("cpu", 8, "standard"),
+        ("cpu", 8, "group-query"),
+        ("cpu", 12, "standard"),
     ],
 )
-def test_attention_without_a_tensorrt_kernel_is_spelled_out(
-    target: str, head_dim: int, form: str
+def test_attention_without_a_kernel_is_spelled_out(target: str, head_dim: int, form: str) -> None:
+    assert fit(with_heads(head_dim), target, "none").attention == form
+
+
+@pytest.mark.parametrize(
+    ("context", "form", "cache"),
+    [
+        (None, "standard", "concat"),
+        (64, "group-query", "shared-buffer"),
+        (65, "standard", "concat"),
+    ],
+)
+def test_a_window_takes_the_cpu_off_its_fast_path_unless_the_context_fits_in_it(
+    context: int | None, form: str, cache: str
 ) -> None:
-    assert fit(replace(SMOLLM2, head_dim=head_dim), target, "none").attention == form
+    shape = replace(SMOLLM2, layer_cycle=(*ROTARY, LayerKind(Rope(64, 1e5), window=64)))
+    target = parse_target("cpu")
+    lowering = fit_lowering(plan_lowering(Recipe("cpu", context=context), target), shape, target)
+    assert (lowering.attention, lowering.kv_cache) == (form, cache)
+    assert fit(shape, "l4", "none").attention == "standard"
+
+
+def with_heads(head_dim: int) -> ModelShape:
+    return replace(SMOLLM2, head_dim=head_dim, layer_cycle=(LayerKind(Rope(head_dim - 2, 1e5)),))
 
 
 def test_a_lowering_survives_the_manifest() -> None:

@@ -68,9 +68,13 @@ def test_a_state_can_branch(stories):
 
 def test_cache_bytes(stories):
     shape = stories.bundle.shape
-    step = stories.run([ROW, ROW])
     per_token = shape.num_layers * 2 * shape.kv_size * 4
-    assert stories.cache_bytes(step.state) == 2 * len(ROW) * per_token
+    step = stories.run([ROW, ROW])
+    assert stories.cache_bytes(step.state) == 2 * 128 * per_token, "a buffer with room to grow"
+    step = stories.run(np.ones((2, 128), np.int64), step.state)
+    assert stories.cache_bytes(step.state) == 2 * 256 * per_token
+    step = stories.run(np.ones((2, 300), np.int64), step.state)
+    assert stories.cache_bytes(step.state) == 2 * 512 * per_token, "not beyond the context"
 
 
 def test_properties(stories, stories_bundle):
@@ -103,7 +107,8 @@ def test_fp16_cache_and_logits_of_the_last_position(export_stories, stories):
     step = session.run([ROW[:5]])
     assert step.logits.shape == (1, 1, 512)
     assert step.logits.dtype == np.float32
-    assert session.cache_bytes(step.state) * 2 == stories.cache_bytes(stories.run([ROW[:5]]).state)
+    shape = session.bundle.shape
+    assert session.cache_bytes(step.state) == 5 * shape.num_layers * 2 * shape.kv_size * 2
     logits = session.run([ROW[5:]], step.state).logits[0, -1]
     np.testing.assert_allclose(logits, stories.run([ROW]).logits[0, -1], atol=0.05)
     with pytest.raises(RuntimeInputError, match="row 1 ends in padding"):

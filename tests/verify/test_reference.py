@@ -29,6 +29,7 @@ class DecoderBackend:
     """The whole decoder of `edgeattn.models` as an implementation to drive."""
 
     name = "decoder"
+    packed_cache = False
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

@@ -1,0 +1,94 @@
+"""Attention as ONNX Runtime's GroupQueryAttention, for its CPU only, which it makes fast.
+
+Its cache is not slot by slot: the valid keys of a row lie together at the front, whatever padding
+the attention mask shows, and a buffer given as both past and present is written in place. Hence
+padding may lie on the right of a prefill only; the operator is silently wrong for other rows.
+
+A sliding window is not asked of it: its attribute counts the query itself in ONNX Runtime 1.31 and
+does not in 1.23 (measured), so that one file would mean two models.
+
+The operator has no meaning in torch: a decoder in this form is traced, never run. What it must
+equal is the standard form, which is what the proof compares it with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyCounts:
+    """How many keys there are, as GroupQueryAttention takes it.
+
+    Attributes:
+        last: `[B]` int32, valid keys of each row, past and new, minus one.
+        total: scalar int32, places of the longest row.
+    """
+
+    last: Tensor
+    total: Tensor
+
+
+def count_keys(attention_mask: Tensor) -> KeyCounts:
+    """Counts the keys of `attention_mask` `[B, S]`."""
+    last = attention_mask.sum(1) - 1
+    total = torch.full((), attention_mask.shape[1], dtype=torch.int32)
+    return KeyCounts(last.to(torch.int32), total)
+
+
+def group_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor] | None,
+    counts: KeyCounts,
+    heads: int,
+    softcap: float | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The node com.microsoft::GroupQueryAttention (ContribOperators.md of ONNX Runtime).
+
+    Args:
+        q: `[B, T, H * D]`.
+        k: `[B, T, Hkv * D]`.
+        v: `[B, T, Hkv * D]`.
+        past: keys (rotated) and values, each `[B, Hkv, P, D]`.
+        rotary: cosine and sine `[B, 1, T, R/2]`; rotation stays outside of the operator, so that
+            it follows position_ids.
+        counts: valid keys.
+        heads: H.
+        softcap: bound of the scores.
+
+    Returns:
+        The output `[B, T, H * D]` and the joined keys and values `[B, Hkv, P + T, D]`.
+    """
+    batch, length, _ = q.shape
+    kv_heads, width = past[0].shape[1], past[0].shape[3]
+    if rotary is not None:
+        q, k = _rotate(q, rotary, heads, width), _rotate(k, rotary, kv_heads, width)
+    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    if softcap is not None:
+        attributes["softcap"] = softcap
+    joined = (batch, kv_heads, past[0].shape[2] + length, width)
+    y, keys, values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        [q, k, v, *past, counts.last, counts.total],
+        attributes,  # type: ignore[arg-type]
+        dtypes=[q.dtype] * 3,
+        shapes=[(batch, length, heads * width), joined, joined],
+        version=1,
+    )
+    return y, (keys, values)
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor], heads: int, width: int) -> Tensor:
+    """ONNX RotaryEmbedding-23 of `x` `[B, T, heads * width]`."""
+    cos, sin = (cache.squeeze(1) for cache in rotary)
+    dim = 2 * cos.shape[-1]
+    rotated: Tensor = torch.onnx.ops.rotary_embedding(
+        x, cos, sin, num_heads=heads, rotary_embedding_dim=0 if dim == width else dim
+    )
+    return rotated

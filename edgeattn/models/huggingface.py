@@ -1,0 +1,321 @@
+"""What config.json and the tensors of a Hugging Face checkpoint mean here, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgeattn.errors import CheckpointError
+from edgeattn.models.families import FAMILIES, Family, find_family, parameter_names
+from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
+
+# Names in configs -> names in ModelShape.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu-tanh",
+}
+
+# The second is what the first Phi-3 checkpoints call it.
+_LONGROPE = ("longrope", "su")
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """Reads a Hugging Face config.json.
+
+    Args:
+        config: the parsed JSON object.
+
+    Raises:
+        CheckpointError: the family, activation or an option is not supported, or a key is missing
+            or of the wrong type.
+    """
+    family = find_family(config.get("model_type"))
+    _refuse_unsupported(family, config)
+    heads = _integer(config, "num_attention_heads")
+    hidden = _integer(config, "hidden_size")
+    head_dim = _integer(config, "head_dim", hidden // max(heads, 1))
+    num_layers = _integer(config, "num_hidden_layers")
+    return ModelShape(
+        family=family.name,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        intermediate_size=_integer(config, "intermediate_size"),
+        vocab_size=_integer(config, "vocab_size"),
+        max_context=_max_context(config),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        layer_cycle=_layer_cycle(family, config, head_dim),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        output_norms=family.output_norms,
+        activation=_activation(family, config),
+        embedding_scale=math.sqrt(max(hidden, 1)) if family.scaled_embedding else 1.0,
+        attention_softcap=_softcap(family, config, "attn_logit_softcapping"),
+        logits_softcap=_softcap(family, config, "final_logit_softcapping"),
+        tied_embeddings=bool(config.get("tie_word_embeddings", family.tied_embeddings)),
+    )
+
+
+def _refuse_unsupported(family: Family, config: Mapping[str, Any]) -> None:
+    for key, what in family.unsupported.items():
+        if config.get(key):
+            raise CheckpointError(
+                expected=f"a {family.name} checkpoint without {what}",
+                came=f"config.json sets {key} to {config[key]!r}",
+                todo="use a checkpoint without it",
+            )
+
+
+def _activation(family: Family, config: Mapping[str, Any]) -> str:
+    named = config.get(family.activation_key) or config.get("hidden_act", "silu")
+    if not isinstance(named, str) or named not in ACTIVATIONS:
+        raise CheckpointError(
+            expected=f"a gated MLP with activation {' or '.join(ACTIVATIONS)}",
+            came=f"{family.activation_key} is {named!r}",
+            todo="use a checkpoint with one of them",
+        )
+    return ACTIVATIONS[named]
+
+
+def _softcap(family: Family, config: Mapping[str, Any], key: str) -> float | None:
+    return _number(config, key) if family.softcaps and config.get(key) is not None else None
+
+
+def _layer_cycle(family: Family, config: Mapping[str, Any], head_dim: int) -> tuple[LayerKind, ...]:
+    """The kinds of the layers as the shortest cycle that gives them all."""
+    parameters = _rope_parameters(config)
+    rope = _rope(parameters.get("full_attention", parameters), config, head_dim)
+    local = _local_rope(parameters, config, head_dim) if family.local_rope else rope
+    windows = _windows(family, config)
+    rotated = _rotated_layers(config) if family.skips_rope else [True]
+    length = math.lcm(len(windows), len(rotated))
+    kinds = []
+    for layer in range(length):
+        window = windows[layer % len(windows)]
+        own = local if window is not None else rope
+        kinds.append(LayerKind(own if rotated[layer % len(rotated)] else None, window))
+    return _shortest_cycle(kinds)
+
+
+def _shortest_cycle(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    for period in range(1, len(kinds)):
+        if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:period])
+    return tuple(kinds)
+
+
+def _windows(family: Family, config: Mapping[str, Any]) -> list[int | None]:
+    """The sliding window of each layer, or of each layer of a cycle."""
+    if family.full_attention_period is None or config.get("sliding_window") is None:
+        return [None]
+    window = _integer(config, "sliding_window")
+    named = config.get("layer_types")
+    if named is not None:
+        kinds = {"sliding_attention": window, "full_attention": None}
+        layers = _per_layer(config, "layer_types", named)
+        for kind in layers:
+            if not isinstance(kind, str) or kind not in kinds:
+                raise _wrong_type("layer_types", kind, "sliding_attention or full_attention")
+        return [kinds[kind] for kind in layers]
+    period = _integer(config, "sliding_window_pattern", family.full_attention_period)
+    if not 1 <= period <= _integer(config, "num_hidden_layers"):
+        return [window]
+    return [window] * (period - 1) + [None]
+
+
+def _rotated_layers(config: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer has rotary positions (`no_rope_layers` holds 1 where it has)."""
+    named = config.get("no_rope_layers")
+    if named is not None:
+        return [bool(value) for value in _per_layer(config, "no_rope_layers", named)]
+    period = _integer(config, "no_rope_layer_interval", 4)
+    if period < 1:
+        raise _wrong_type("no_rope_layer_interval", period, "a positive number")
+    if period > _integer(config, "num_hidden_layers"):
+        return [True]
+    return [True] * (period - 1) + [False]
+
+
+def _per_layer(config: Mapping[str, Any], key: str, found: object) -> list[Any]:
+    layers = _integer(config, "num_hidden_layers")
+    if not isinstance(found, list) or len(found) != layers or not found:
+        raise _wrong_type(key, found, f"a list of {layers} entries")
+    return found
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` (transformers 5) or `rope_scaling` (transformers 4), else empty."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise _wrong_type("rope_scaling", found, "an object")
+    return found
+
+
+def _local_rope(parameters: Mapping[str, Any], config: Mapping[str, Any], head_dim: int) -> Rope:
+    """Rotary positions of the layers with a window; before transformers 5 a key of their own."""
+    own = parameters.get("sliding_attention")
+    if own is None:
+        return Rope(head_dim, _number(config, "rope_local_base_freq", 10000.0))
+    return _rope(own, config, head_dim)
+
+
+def _rope(parameters: object, config: Mapping[str, Any], head_dim: int) -> Rope:
+    if not isinstance(parameters, Mapping):
+        raise _wrong_type("rope_parameters", parameters, "an object")
+    theta = _number(config, "rope_theta", 10000.0)
+    fraction = _number(config, "partial_rotary_factor", 1.0)
+    theta = _number(parameters, "rope_theta", theta)
+    dim = int(head_dim * _number(parameters, "partial_rotary_factor", fraction))
+    return Rope(dim, theta, _rope_scaling(parameters, config))
+
+
+def _rope_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind in ("default", None):
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling(kind, factor=_number(parameters, "factor"))
+    if kind == "llama3":
+        return RopeScaling(
+            kind,
+            factor=_number(parameters, "factor"),
+            low_freq_factor=_number(parameters, "low_freq_factor"),
+            high_freq_factor=_number(parameters, "high_freq_factor"),
+            original_context=_integer(parameters, "original_max_position_embeddings"),
+        )
+    if kind in _LONGROPE:
+        return _longrope(parameters, config)
+    raise CheckpointError(
+        expected="rope scaling of type default, linear, llama3 or longrope",
+        came=f"the config asks for {kind!r}",
+        todo="use a checkpoint with one of these",
+    )
+
+
+def _longrope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
+    """The stretch within the original context.
+
+    Beyond it the model switches every position to other divisors, which no one graph with a cache
+    can: the context ends there (`_max_context`).
+    """
+    divisors = parameters.get("short_factor")
+    if not isinstance(divisors, list):
+        raise _wrong_type("short_factor", divisors, "a list of numbers")
+    factors = [_number({"short_factor": value}, "short_factor") for value in divisors]
+    original = _original_context(parameters, config)
+    stretched = _integer(config, "max_position_embeddings", 2048)
+    factor = _number(parameters, "factor", stretched / max(original, 1))
+    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+    magnitude = _number(parameters, "attention_factor", derived)
+    return RopeScaling(
+        "longrope",
+        original_context=original,
+        divisors=tuple(factors),
+        magnitude=magnitude,
+    )
+
+
+def _max_context(config: Mapping[str, Any]) -> int:
+    parameters = _rope_parameters(config)
+    if parameters.get("rope_type", parameters.get("type")) in _LONGROPE:
+        return _original_context(parameters, config)
+    return _integer(config, "max_position_embeddings", 2048)
+
+
+def _original_context(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    key = "original_max_position_embeddings"
+    return _integer(parameters if key in parameters else config, key)
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong_type(key, value, "an integer")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_type(key, value, "a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _wrong_type(key, "beyond any float", "a number") from error
+
+
+def _wrong_type(key: str, value: object, wanted: str) -> CheckpointError:
+    came = "the key is missing" if value is None else f"{key} is {value!r}"
+    return CheckpointError(
+        expected=f"{wanted} under '{key}' in the model's config",
+        came=came,
+        todo="check that config.json belongs to this checkpoint",
+    )
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """Where a parameter lies in a Hugging Face checkpoint, and how it is read from there.
+
+    Attributes:
+        name: of the tensor, without the leading "model.".
+        shape: of the tensor.
+        rows: first and last row but one of the parameter, None for the whole tensor.
+        offset: added to the stored values.
+        factor: what they are then multiplied with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    offset: float = 0.0
+    factor: float = 1.0
+
+
+def stored_parameters(shape: ModelShape, config: Mapping[str, Any]) -> dict[str, StoredParameter]:
+    """How every parameter of the decoder is stored, by its name in the decoder."""
+    family, sizes = FAMILIES[shape.family], parameter_names(shape)
+    factor = _query_factor(shape, config)
+    scaled = "q_norm.weight" if shape.qk_norm else "q_proj.weight"
+    fused = {part: whole for whole, parts in family.fused.items() for part in parts}
+    found = {}
+    for name, size in sizes.items():
+        prefix, inner = _split(name)
+        offset = family.gain_offset if "norm" in name else 0.0
+        own_factor = factor if name.endswith(scaled) else 1.0
+        if inner in fused:
+            whole = fused[inner]
+            parts = [sizes[prefix + part] for part in family.fused[whole]]
+            start = sum(p[0] for p in parts[: family.fused[whole].index(inner)])
+            total = (sum(p[0] for p in parts), *size[1:])
+            found[name] = StoredParameter(
+                prefix + whole, total, (start, start + size[0]), offset, own_factor
+            )
+        else:
+            stored = prefix + family.renamed.get(inner, inner)
+            found[name] = StoredParameter(stored, size, None, offset, own_factor)
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`layers.3.mlp.up_proj.weight` -> (`layers.3.`, `mlp.up_proj.weight`)."""
+    if not name.startswith("layers."):
+        return "", name
+    _, layer, inner = name.split(".", 2)
+    return f"layers.{layer}.", inner
+
+
+def _query_factor(shape: ModelShape, config: Mapping[str, Any]) -> float:
+    """What makes attention scaled by head_dim one scaled by `query_pre_attn_scalar` (Gemma)."""
+    if config.get("query_pre_attn_scalar") is None:
+        return 1.0
+    scalar = _number(config, "query_pre_attn_scalar")
+    if not 0 < scalar < math.inf:
+        raise _wrong_type("query_pre_attn_scalar", scalar, "a positive number")
+    return math.sqrt(shape.head_dim / scalar)

@@ -1,0 +1,154 @@
+"""Runs a graph that writes its KV cache in place (lowering `kv_cache = "shared-buffer"`).
+
+ONNX Runtime's GroupQueryAttention appends keys where past and present are one buffer, so a decode
+step costs no copy of the cache. States stay immutable all the same, as slices of an append-only
+array do: the newest state of a buffer appends to it, any older one gets a copy first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+PAST, PRESENT = "past_key_values.", "present."
+_SMALLEST = 128
+_NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The cache of one state: the first `places` places of a buffer.
+
+    Each row's valid keys lie at the front of its places.
+    """
+
+    buffer: _Buffer = field(repr=False)
+    places: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the whole buffer."""
+        return sum(array.nbytes for array in self.buffer.arrays.values())
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Keys and values by name of the graph's output, each `[B, Hkv, places, D]`, as views."""
+        arrays = self.buffer.arrays.items()
+        return {PRESENT + name[len(PAST) :]: array[:, :, : self.places] for name, array in arrays}
+
+
+class _Buffer:
+    """Keys and values of all layers, `[B, Hkv, capacity, D]`, bound to the session once."""
+
+    def __init__(self, session: InferenceSession, arrays: dict[str, NDArray[Any]]) -> None:
+        from onnxruntime import OrtValue
+
+        self.arrays = arrays
+        self.lock = threading.Lock()
+        self.newest: Prefix | None = None
+        self.binding = session.io_binding()
+        # The values read and write the arrays in place and do not keep them alive.
+        self._values = {name: OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
+        for name, value in self._values.items():
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(PRESENT + name[len(PAST) :], value)
+
+    @property
+    def capacity(self) -> int:
+        return int(next(iter(self.arrays.values())).shape[2])
+
+
+class InPlaceRunner:
+    """Feeds a session and hands its cache on.
+
+    Args:
+        session: of a graph with GroupQueryAttention.
+        outputs: names to return; the cache is not among them.
+        context: most places a row can need.
+    """
+
+    def __init__(self, session: InferenceSession, outputs: Sequence[str], context: int) -> None:
+        self._session, self._outputs, self._context = session, list(outputs), context
+        self._past = {i.name: i for i in session.get_inputs() if i.name.startswith(PAST)}
+
+    def run(
+        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+    ) -> tuple[dict[str, NDArray[Any]], Prefix]:
+        """One step.
+
+        Several rows that have a past take their tokens one by one, as the operator demands.
+
+        Args:
+            feeds: input_ids and position_ids `[B, T]`, attention_mask `[B, P + T]`.
+            cache: what the step before returned, None for an empty one.
+
+        Returns:
+            The outputs by name, and the cache to go on with.
+        """
+        batch, length = feeds["input_ids"].shape
+        if cache is None or batch == 1 or length == 1:
+            return self._run(feeds, cache)
+        steps = []
+        for i in range(length):
+            new, seen = slice(i, i + 1), cache.places + 1
+            one = {name: feeds[name][:, new] for name in ("input_ids", "position_ids")}
+            one["attention_mask"] = feeds["attention_mask"][:, :seen]
+            outputs, cache = self._run(one, cache)
+            steps.append(outputs)
+        joined = {name: np.concatenate([s[name] for s in steps], axis=1) for name in self._outputs}
+        return joined, cache
+
+    def _run(
+        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+    ) -> tuple[dict[str, NDArray[Any]], Prefix]:
+        mask = feeds["attention_mask"]
+        if cache is not None and not mask[:, -1].all():
+            # A row without a new token gets one all the same, behind its last: the row's next
+            # token overwrites it. Otherwise it would overwrite the last.
+            mask = mask.copy()
+            mask[:, -1] = 1
+        claimed = self._claim(cache, *mask.shape)
+        binding = claimed.buffer.binding
+        for name in ("input_ids", "position_ids"):
+            binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask, np.int64))
+        for name in self._outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        # Outputs come in the order they were bound first: the cache, then these.
+        values = binding.get_outputs()[-len(self._outputs) :]
+        arrays = (value.numpy() for value in values)
+        return dict(zip(self._outputs, arrays, strict=True)), claimed
+
+    def _claim(self, cache: Prefix | None, batch: int, places: int) -> Prefix:
+        """A prefix of `places` that holds what `cache` holds and that no other state will write."""
+        if cache is not None:
+            with cache.buffer.lock:
+                if cache.buffer.newest is cache and places <= cache.buffer.capacity:
+                    cache.buffer.newest = Prefix(cache.buffer, places)
+                    return cache.buffer.newest
+        buffer = self._allocate(batch, places)
+        if cache is not None:
+            for name, array in cache.buffer.arrays.items():
+                buffer.arrays[name][:, :, : cache.places] = array[:, :, : cache.places]
+        buffer.newest = Prefix(buffer, places)
+        return buffer.newest
+
+    def _allocate(self, batch: int, places: int) -> _Buffer:
+        """A buffer with room to grow: capacities double, so that copying stays a small part."""
+        capacity = _SMALLEST
+        while capacity < places:
+            capacity *= 2
+        capacity = max(places, min(capacity, self._context))
+        arrays = {
+            name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), _NUMPY_DTYPES[i.type])
+            for name, i in self._past.items()
+        }
+        return _Buffer(self._session, arrays)
