@@ -24,8 +24,8 @@ MEASURED_ON = "a 2-core server"
 # Every tensor of the weights file begins at such an offset (exporters.weights).
 _PAGE = 4096
 
-# model.onnx: bytes per block (primitive operators take more), and per quantised matrix by bits.
-_BLOCK_BYTES, _PRIMITIVE_BLOCK_BYTES = 6250, 8500
+# model.onnx: bytes per block by spelling of attention, and per quantised matrix by bits.
+_BLOCK_BYTES = {"standard": 6250, "primitive": 8500, "group-query": 3900}
 _QUANTISED_BYTES = {8: 660, 4: 460}
 _GRAPH_BYTES = 2500
 
@@ -154,7 +154,7 @@ def _matrix_parts(
 def graph_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of model.onnx."""
     linear = lowering.scheme.linear
-    block = _PRIMITIVE_BLOCK_BYTES if lowering.attention == "primitive" else _BLOCK_BYTES
+    block = _BLOCK_BYTES[lowering.attention]
     block += _QUANTISED_BYTES[linear.bits] * len(shape.linears()) if linear else 0
     return _GRAPH_BYTES + block * shape.num_layers
 

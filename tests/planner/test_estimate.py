@@ -13,7 +13,7 @@ import pytest
 from edgeattn.bundle.bundle import GOLDEN, MODEL, WEIGHTS, Bundle
 from edgeattn.devices.registry import all_targets, parse_target
 from edgeattn.errors import LoweringError
-from edgeattn.models.families import shape_from_config
+from edgeattn.models.huggingface import shape_from_config
 from edgeattn.planner import estimate as module
 from edgeattn.planner.estimate import Estimate, estimate
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
