@@ -100,7 +100,7 @@ def _answered(raised: HfHubHTTPError, hub_id: HubId, endpoint: str) -> Checkpoin
 def _unreachable(raised: Exception, hub_id: HubId, endpoint: str) -> CheckpointError:
     return CheckpointError(
         expected=f"to download {hub_id} from {endpoint}",
-        came=f"the connection failed ({_first_line(raised)})",
+        came=f"no folder of that name is here and the connection failed ({_first_line(raised)})",
         todo="run again, complete files are kept; or use --offline if it was downloaded before",
     )
 
