@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from edgeattn.quant.scheme import WeightFormat
+from edgeattn.quant.threads import for_each
 
 # Scales tried by the clipping search, as fractions of the one that maps the largest weight to the
 # largest integer: first a coarse grid by squared error, then its neighbourhood by the 2.4-norm,
 # which GPTQ's implementations use for the same purpose: it minds outliers a little more.
 _COARSE_FRACTIONS = tuple(1.0 - 0.03 * i for i in range(17))
-_FINE_STEPS = tuple(0.01 * i for i in range(-4, 5))
 _FINE_NORM = 2.4
+_FINE_STEPS = tuple(0.01 * i for i in range(-4, 5))
 # Weights searched at once: small enough that the temporaries stay in a core's cache.
 _CHUNK_WEIGHTS = 1 << 17
 
@@ -64,11 +65,14 @@ def quantize_symmetric(
     qdata = torch.empty(grouped.shape, dtype=torch.int8)
     scale = torch.empty(grouped.shape[0], 1, dtype=scale_dtype)
     step = max(1, _CHUNK_WEIGHTS // group)
-    for start in range(0, grouped.shape[0], step):
+
+    def quantize_rows(start: int) -> None:
         part = grouped[start : start + step].float()
         chosen = choose_scale(part, format, clip=clip, scale_dtype=scale_dtype)
         scale[start : start + step] = chosen
         qdata[start : start + step] = quantize(part, chosen.float(), format)
+
+    for_each(quantize_rows, range(0, grouped.shape[0], step))
     return QuantizedTensor(qdata.view(rows, -1), scale.view(rows, -1), format)
 
 
@@ -114,7 +118,9 @@ def _best_fraction(groups: Tensor, largest: Tensor, format: WeightFormat) -> Ten
         torch.div(normalised, fractions, out=buffer)
         buffer.round_().clamp_(format.low, format.high).mul_(fractions)
         torch.sub(normalised, buffer, out=buffer)
-        error = buffer.abs_().pow_(_FINE_NORM).sum(dim=1, keepdim=True)
+        # x ** p, in half the time of torch.pow; log2(0) is -inf and becomes 0 again.
+        buffer.abs_().log2_().mul_(_FINE_NORM).exp2_()
+        error = buffer.sum(dim=1, keepdim=True)
         best = torch.where(error < least, fractions, best)
         least = torch.minimum(least, error)
     return best

@@ -1,4 +1,7 @@
-"""What is run to compare two implementations: prefill, teacher-forced decoding, a ragged batch."""
+"""What is run to compare two implementations.
+
+Prefill and teacher-forced decoding, a ragged batch, and several tokens at once after a past.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ _TEXT = (
 )
 RAGGED_LENGTHS = (11, 6)
 RAGGED_STEPS = 2
+# Where the steps of a text that comes in pieces end.
+CONTINUED_ENDS = (7, 12, 13)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,13 @@ def build_cases(
     steps = min(DECODE_STEPS, context - prefill)
     ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * RAGGED_STEPS, tokens)
     sequence, rest = ids[: prefill + steps], ids[prefill + steps :]
-    cases = [_case("sequence", sequence[None, :], np.array([prefill]), steps)]
+    ends = range(prefill, prefill + steps + 1)
+    cases = [_case("sequence", sequence[None, :], np.array([prefill]), ends)]
     if max(RAGGED_LENGTHS) + RAGGED_STEPS <= context:
         cases.append(_ragged_case(rest))
+    if CONTINUED_ENDS[-1] <= context:
+        row = rest[None, : CONTINUED_ENDS[-1]]
+        cases.append(_case("continued", row, np.array([CONTINUED_ENDS[0]]), CONTINUED_ENDS))
     return tuple(cases)
 
 
@@ -109,24 +118,27 @@ def _ragged_case(ids: NDArray[np.int64]) -> Case:
         own = ids[start : start + length + RAGGED_STEPS]
         padding = np.full(longest - length, ids[0])
         rows.append(np.concatenate((own[:length], padding, own[length:])))
-    return _case("ragged", np.stack(rows), np.array(RAGGED_LENGTHS), RAGGED_STEPS)
+    ends = range(longest, longest + RAGGED_STEPS + 1)
+    return _case("ragged", np.stack(rows), np.array(RAGGED_LENGTHS), ends)
 
 
-def _case(name: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], steps: int) -> Case:
-    """Splits `ids` `[B, prefill + steps]` into a prefill and single tokens.
+def _case(
+    name: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], ends: Sequence[int]
+) -> Case:
+    """Splits `ids` `[B, places]` into steps.
 
     Args:
         name: of the case.
         ids: tokens, rows shorter than the longest padded on the right of the prefill.
         lengths: `[B]` valid tokens of each row's prefill.
-        steps: decode steps.
+        ends: where each step ends, the prefill's first.
     """
-    prefill = ids.shape[1] - steps
+    prefill = ends[0]
     mask = np.ones_like(ids)
     mask[:, :prefill] = np.arange(prefill) < lengths[:, None]
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    parts = [StepInputs(ids[:, :prefill], mask[:, :prefill], positions[:, :prefill])]
-    for end in range(prefill + 1, ids.shape[1] + 1):
-        new = slice(end - 1, end)
-        parts.append(StepInputs(ids[:, new], mask[:, :end], positions[:, new]))
-    return Case(name, tuple(parts))
+    steps = []
+    for begin, end in zip((0, *ends[:-1]), ends, strict=True):
+        new = slice(begin, end)
+        steps.append(StepInputs(ids[:, new], mask[:, :end], positions[:, new]))
+    return Case(name, tuple(steps))

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from edgeattn.verify.cases import build_cases
 
 
-def test_prefill_decoding_and_a_ragged_batch() -> None:
-    sequence, ragged = build_cases(272, 256)
+def test_prefill_decoding_a_ragged_batch_and_a_continued_text() -> None:
+    sequence, ragged, continued = build_cases(272, 256)
     assert len(sequence.steps) == 1 + 16
     assert [s.input_ids.shape for s in sequence.steps] == [(1, 17), *[(1, 1)] * 16]
     assert [s.input_ids.shape[0] for s in ragged.steps] == [2, 2, 2]
     assert ragged.steps[0].attention_mask.sum(axis=1).tolist() == [11, 6]
+    assert [s.input_ids.shape for s in continued.steps] == [(1, 7), (1, 5), (1, 1)]
 
 
 @given(st.integers(1, 300), st.integers(2, 500))
@@ -32,7 +33,7 @@ def test_cases_fit_the_model(context: int, vocab_size: int) -> None:
 
 
 def test_positions_count_tokens_and_not_places() -> None:
-    _, ragged = build_cases(272, 256)
+    _, ragged, _ = build_cases(272, 256)
     assert ragged.steps[1].position_ids.ravel().tolist() == [11, 6]
     assert ragged.steps[2].position_ids.ravel().tolist() == [12, 7]
 

@@ -94,7 +94,7 @@ def test_other_families(random_checkpoint: Callable[..., Path], config: dict) ->
 
 def test_padding_is_left_out(tiny_checkpoint: Path) -> None:
     cases, plain, _ = both(tiny_checkpoint, "cpu", "none", "last")
-    (_, ragged) = cases
+    (_, ragged, _) = cases
     assert plain["ragged.0.hidden.0"].shape[0] == 11 + 6
     assert plain["ragged.0.logits"].shape[0] == 1  # the short row ends in padding
     assert plain["ragged.present.0.key"].shape[0] == 11 + 6 + 2 * (len(ragged.steps) - 1)

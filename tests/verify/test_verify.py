@@ -50,7 +50,7 @@ def test_every_target_is_proven(
     (agreement,) = verification.agreements
     assert agreement.first_bad is None
     cases = {c.tensor.partition(".")[0] for c in agreement.comparisons}
-    assert cases == {"sequence", "ragged"}
+    assert cases == {"sequence", "ragged", "continued"}
     names = {c.tensor for c in agreement.comparisons}
     for layer in range(3):
         assert f"ragged.present.{layer}.key" in names
