@@ -23,7 +23,7 @@ def genai_config(
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The description of a decoder graph.
+    """The description of a decoder graph, as onnxruntime-genai 0.18 reads it.
 
     Source: onnxruntime-genai's config reference; names of inputs and outputs are those of
     `edgeattn.exporters.trace`.
@@ -38,17 +38,23 @@ def genai_config(
     """
 
     def ids(key: str) -> list[int]:
-        return token_ids(generation_config.get(key, config.get(key)))
+        found = generation_config.get(key)
+        return token_ids(config.get(key) if found is None else found)
 
+    # Where a config names no end, genai ends at token 0.
     eos = ids("eos_token_id") or [0]
+    # A common entry for none is -1, which genai would write behind a row that ended.
+    pad = [i for i in ids("pad_token_id") if 0 <= i < shape.vocab_size] or eos
     return {
         "model": {
+            # A decoder with positions and a cache, which is all that genai has to know. By its own
+            # name a phi3 would be computed anew from the start at its 4097th token.
             "type": "llama",
             "vocab_size": shape.vocab_size,
             "context_length": context,
             "bos_token_id": (ids("bos_token_id") or eos)[0],
             "eos_token_id": eos if len(eos) > 1 else eos[0],
-            "pad_token_id": (ids("pad_token_id") or eos)[0],
+            "pad_token_id": pad[0],
             "decoder": {
                 "filename": model_file,
                 "head_size": shape.head_dim,
