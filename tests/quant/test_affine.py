@@ -42,7 +42,7 @@ def test_clipping_beats_max_scaling(weight: torch.Tensor) -> None:
 def test_clipping_is_near_the_best_of_a_fine_grid() -> None:
     """A brute-force search by squared error over 1,000 scales is at most 5 % better.
 
-    Not equal: the search ends with the 2.4-norm.
+    Not equal: the search ends with the 2.375-norm.
     """
     groups = torch.randn(640, 32)
     largest = groups.abs().amax(1, keepdim=True) / 7
