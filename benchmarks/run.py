@@ -1,0 +1,188 @@
+"""Decode and prefill speed of the w4 bundle for a CPU, beside onnxruntime-genai's own int4 model.
+
+    python benchmarks/run.py --text pride_and_prejudice.txt [--runs 7] [--threads 2]
+
+Both models are made from the same fp16 SmolLM2-135M (see export.py): ours by `edgeattn export
+--target cpu --quant w4-rtn` (blocks of 64, int8 head) and run by `edgeattn.runtime.Session`, theirs
+by onnxruntime-genai's builder (int4, its default blocks of 32) and run by its Generator. They take
+turns in one process, with the same number of threads set on both sides. Perplexity is that of the
+same fast mode, int8 activations, through ONNX Runtime on both graphs.
+Writes benchmarks/results/run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import onnxruntime_genai
+from export import MODEL, smollm2_fp16
+from measure import write_result
+
+from edgeattn.runtime import Session
+from edgeattn.runtime.perplexity import perplexity
+from edgeattn.runtime.text import Text
+
+OURS = MODEL.parent / "SmolLM2-135M-cpu-w4"
+THEIRS = MODEL.parent / "SmolLM2-135M-genai-int4"
+PROMPTS = (17, 512)
+DECODE_STEPS = 64
+
+
+def prepare(threads: int) -> None:
+    """Writes both models by child processes, so that their memory and threads are gone."""
+    model = str(smollm2_fp16())
+    edgeattn = [str(Path(sys.executable).with_name("edgeattn")), "export", model, "--force"]
+    options = ["--target", "cpu", "--quant", "w4-rtn", "--no-verify", "-o", str(OURS)]
+    subprocess.run([*edgeattn, *options], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(THEIRS, ignore_errors=True)
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model]
+    options = ["-o", str(THEIRS), "-p", "int4", "-e", "cpu", "-c", str(THEIRS.parent / "cache")]
+    subprocess.run([*builder, *options], check=True, stdout=subprocess.DEVNULL)
+    file = THEIRS / "genai_config.json"
+    config = json.loads(file.read_text())
+    # Its default is one thread on a machine like this one.
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    file.write_text(json.dumps(config))
+
+
+def run_ours(session: Session, prompt: list[int]) -> tuple[float, float]:
+    """Seconds of the prefill, and the median of a greedy step."""
+    start = time.perf_counter()
+    step = session.run([prompt])
+    token = int(step.logits[0, -1].argmax())
+    prefill, steps = time.perf_counter() - start, []
+    for _ in range(DECODE_STEPS):
+        start = time.perf_counter()
+        step = session.run([[token]], step.state)
+        token = int(step.logits[0, -1].argmax())
+        steps.append(time.perf_counter() - start)
+    return prefill, statistics.median(steps)
+
+
+def run_theirs(model: Any, prompt: list[int]) -> tuple[float, float]:
+    """The same with onnxruntime-genai."""
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    length = len(prompt) + DECODE_STEPS + 1
+    # Equal lengths: no end before all steps are made.
+    parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    start = time.perf_counter()
+    generator.append_tokens(prompt)
+    generator.generate_next_token()
+    prefill, steps = time.perf_counter() - start, []
+    for _ in range(DECODE_STEPS):
+        start = time.perf_counter()
+        generator.generate_next_token()
+        steps.append(time.perf_counter() - start)
+    return prefill, statistics.median(steps)
+
+
+def speeds(
+    sides: dict[str, Callable[[list[int]], tuple[float, float]]], runs: int
+) -> dict[str, Any]:
+    """Median tokens per second by prompt length and side, and the ratio of the medians."""
+    ids = np.random.default_rng(0).integers(5, 40000, max(PROMPTS)).tolist()
+    found: dict[str, Any] = {}
+    for length in PROMPTS:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for run in range(runs + 1):
+            for name, side in sides.items():
+                seconds = side(ids[:length])
+                if run:  # the first round warms up
+                    times[name].append(seconds)
+        rates = {
+            name: {
+                "prefill_tokens_s": _rates([length / prefill for prefill, _ in values]),
+                "decode_tokens_s": _rates([1 / step for _, step in values]),
+            }
+            for name, values in times.items()
+        }
+        ratio = {
+            figure: round(rates["edgeattn"][figure]["median"] / theirs["median"], 3)
+            for figure, theirs in rates["onnxruntime-genai"].items()
+        }
+        found[f"after {length} tokens"] = {**rates, "ratio": ratio}
+        print(length, json.dumps(found[f"after {length} tokens"]), flush=True)
+    return found
+
+
+def _rates(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 1),
+        "min": round(min(values), 1),
+        "max": round(max(values), 1),
+    }
+
+
+def genai_perplexity(text: str, windows: int, threads: int, length: int = 512) -> float:
+    """Perplexity of onnxruntime-genai's graph over the windows `perplexity` uses."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(THEIRS / "model.onnx"), options)
+    ids = Text.open(Session.open(OURS).bundle).encode(text[2000:], add_special_tokens=False)
+    total = 0.0
+    for window in range(windows):
+        row = np.array([ids[window * length : (window + 1) * length]])
+        feeds: dict[str, Any] = {"input_ids": row, "attention_mask": np.ones_like(row)}
+        for value in session.get_inputs():
+            if value.name.startswith("past"):
+                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        logits = session.run(["logits"], feeds)[0][0, :-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(length - 1), row[0, 1:]]
+        total += float(losses.mean())
+    return float(np.exp(total / windows))
+
+
+def main() -> None:
+    """Measures and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=12)
+    arguments = parser.parse_args()
+    prepare(arguments.threads)
+    session = Session.open(OURS, threads=arguments.threads)
+    model = onnxruntime_genai.Model(str(THEIRS))
+    sides = {
+        "edgeattn": lambda prompt: run_ours(session, prompt),
+        "onnxruntime-genai": lambda prompt: run_theirs(model, prompt),
+    }
+    measured = speeds(sides, arguments.runs)
+    text = arguments.text.read_text("utf-8")
+    quality = {
+        "edgeattn": perplexity(session, text, windows=arguments.windows).perplexity,
+        "onnxruntime-genai": genai_perplexity(text, arguments.windows, arguments.threads),
+    }
+    print(quality)
+    as_fast = all(r >= 1 for found in measured.values() for r in found["ratio"].values())
+    better = quality["edgeattn"] < quality["onnxruntime-genai"]
+    write_result(
+        "run",
+        {
+            "model": "SmolLM2-135M-Instruct",
+            "what": f"greedy, {arguments.threads} threads on both sides, taking turns",
+            "versions": {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")},
+            "results": measured,
+            "perplexity": {name: round(value, 3) for name, value in quality.items()},
+            "goal": "ratio at least 1 everywhere, at a lower perplexity",
+            "goal_met": as_fast and better,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
