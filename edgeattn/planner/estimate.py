@@ -31,7 +31,7 @@ _GRAPH_BYTES = 2500
 
 # golden/: what the proof runs (verify.cases): tokens, forward passes, and tokens whose logits are
 # kept where the graph gives only the last one's. npz leaves 91 % of random mantissas.
-PROOF_TOKENS, PROOF_STEPS, PROOF_LAST_TOKENS, PROOF_CASES = 54, 20, 23, 2
+PROOF_TOKENS, PROOF_STEPS, PROOF_LAST_TOKENS, PROOF_CASES = 67, 23, 26, 3
 _NPZ_RATIO, _NPZ_ENTRY_BYTES = 0.91, 230
 
 # Manifest, configurations and report; of these with a proof, and per block.

@@ -147,6 +147,6 @@ def test_what_makes_an_export_smaller_or_shorter(shape: ModelShape) -> None:
 
 
 def test_a_model_as_measured(shape: ModelShape) -> None:
-    """SmolLM2-135M at fp16 with its proof: 288.4 MB, the tokenizer 3.5 MB of them."""
+    """SmolLM2-135M at fp16 with its proof: 292.1 MB, the tokenizer 3.5 MB of them."""
     found = estimate(shape, lowered(shape, "jetson-orin"), text_bytes=3_523_535)
-    assert found.disk_bytes == pytest.approx(288.4e6, rel=0.005)
+    assert found.disk_bytes == pytest.approx(292.1e6, rel=0.005)
