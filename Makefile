@@ -1,5 +1,6 @@
 # make demo   a bundle for a Jetson and one for this CPU, proven, and a prompt answered
 # make test   the tests          make lint   style, types, layers         make venv   only the environment
+# make readme the README's tables of families and targets, from the data
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The repository root must stay off sys.path: kernels/ would shadow another package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-oldest lint lint-style lint-site lint-types lint-layers venv clean
+.PHONY: demo test test-oldest lint lint-style lint-site lint-types lint-layers readme venv clean
 venv: $(VENV)/.developer
 
 $(VENV)/.user: pyproject.toml
@@ -63,6 +64,9 @@ lint-types: lint-site
 
 lint-layers: lint-site
 	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports --config pyproject.toml --no-cache
+
+readme: $(VENV)/.user
+	$(BIN)/python tools/readme_tables.py
 
 DEMO := build/demo
 demo: $(VENV)/.user
