@@ -124,8 +124,6 @@ def build_parameters() -> list[Any]:
         marks = []
         if sm != 86 and (GRAPHS[graph].model != "plain" or graph.logits == "last"):
             marks.append(pytest.mark.slow)
-        if sm == 75 and graph.dtype == "fp32":  # TensorRT itself has one: the check is too strict
-            marks.append(pytest.mark.xfail(reason="TensorRT-RTX has no fp32 GEMM for Turing"))
         found.append(pytest.param(graph, sm, marks=marks))
     return found
 

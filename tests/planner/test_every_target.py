@@ -67,7 +67,7 @@ GRAPHS = {
 }
 FUNCTION_HIDES_PLUGIN = {"jetpack6.2"}
 NO_INT4_SMS = {75}
-NO_BF16_SMS = {75}
+ONLY_FP16_SMS = {75}
 # whoever has the standard Attention has no fp32 kernel for it
 NO_FP32 = {"jetpack7.2", "trt10.15", "trt10.16", "trt11", "rtx1.7"}
 NO_BF16 = {"onnxruntime"}
@@ -91,9 +91,8 @@ def reasons_to_refuse(name: str, software: str, quant: str, dtype: str | None) -
     """Patterns, one of which a refusal must fit; empty where the recipe is allowed."""
     sm, group, wanted = TARGETS[name][0], QUANTS[quant], dtype or default_dtype(name)
     out = set()
-    if (wanted == "fp32" and software in NO_FP32) or (
-        wanted == "bf16" and (software in NO_BF16 or sm in NO_BF16_SMS)
-    ):
+    without = {"fp32": NO_FP32, "bf16": NO_BF16, "fp16": set()}[wanted]
+    if software in without or (wanted != "fp16" and sm in ONLY_FP16_SMS):
         out.add(f"a dtype among .* on {name}@{software}, but --dtype is {wanted}")
     if group is not None and sm in NO_INT4_SMS:
         out.add(rf"stores int4 weights, which {name} \(SM{sm}\) has no kernels for")
