@@ -131,6 +131,8 @@ def genai_perplexity(text: str, windows: int, threads: int, length: int = 512) -
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(THEIRS / "model.onnx"), options)
+    decoder = json.loads((THEIRS / "genai_config.json").read_text())["model"]["decoder"]
+    empty = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
     ids = Text.open(Session.open(OURS).bundle).encode(text[2000:], add_special_tokens=False)
     total = 0.0
     for window in range(windows):
@@ -138,7 +140,7 @@ def genai_perplexity(text: str, windows: int, threads: int, length: int = 512) -
         feeds: dict[str, Any] = {"input_ids": row, "attention_mask": np.ones_like(row)}
         for value in session.get_inputs():
             if value.name.startswith("past"):
-                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+                feeds[value.name] = np.zeros(empty, np.float32)
         logits = session.run(["logits"], feeds)[0][0, :-1].astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(length - 1), row[0, 1:]]

@@ -177,9 +177,9 @@ class GraphRules(Sourced):
     """The ONNX dialect this software reads.
 
     `operators` chooses standard ONNX 23 Attention and RMSNormalization, primitive ops, or
-    "group-query", the standard ones with ONNX Runtime's GroupQueryAttention where `head_dim` is a
-    multiple of `head_dim_multiple`. Outside `min_head_dim` to `max_head_dim` Attention has no
-    kernel and is spelled out.
+    "group-query", the standard ones with ONNX Runtime's GroupQueryAttention where heads and their
+    rotated part are multiples of `head_dim_multiple`. Outside `min_head_dim` to `max_head_dim`
+    Attention has no kernel and is spelled out.
     `strip_functions`: the parser prefers a function body over a plugin of the same name, so the
     builder must remove the bodies.
     """

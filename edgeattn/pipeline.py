@@ -327,12 +327,14 @@ def _source_name(source: Mapping[str, Any]) -> str:
 def _transform(checkpoint: Checkpoint, lowering: Lowering) -> Model:
     """Checkpoint -> Model, through the transforms of the recipe."""
     from edgeattn.models.model import TORCH_DTYPES, model_of
+    from edgeattn.transforms.fuse import fuse_projections
     from edgeattn.transforms.quantize import quantize
 
     model = model_of(checkpoint)
     context = lowering.context or checkpoint.shape.max_context
     model = replace(model, shape=model.shape.within(context))
-    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
+    model = quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
+    return fuse_projections(model) if lowering.attention == "group-query" else model
 
 
 def _proof_tokens(checkpoint: Checkpoint) -> list[int] | None:

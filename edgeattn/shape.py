@@ -127,6 +127,7 @@ class ModelShape:
         layer_cycle: the kinds of the layers, repeated from the first layer on.
         qkv_bias: q, k and v projections carry a bias (Qwen2).
         qk_norm: RMSNorm per head on q and k before RoPE (Qwen3).
+        fused: q, k and v projections are one matrix, stacked by outputs, and so are gate and up.
         output_norms: RMSNorm on what attention and MLP give, too (Gemma 2).
         activation: of the gate, "silu" or "gelu-tanh".
         embedding_scale: what the embedding is multiplied with (Gemma).
@@ -148,6 +149,7 @@ class ModelShape:
     layer_cycle: tuple[LayerKind, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
     output_norms: bool = False
     activation: str = "silu"
     embedding_scale: float = 1.0
@@ -228,6 +230,13 @@ class ModelShape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one block: name within the block -> (outputs, inputs)."""
         d, f = self.hidden_size, self.intermediate_size
+        if self.fused:
+            return {
+                "self_attn.qkv_proj": (self.q_size + 2 * self.kv_size, d),
+                "self_attn.o_proj": (d, self.q_size),
+                "mlp.gate_up_proj": (2 * f, d),
+                "mlp.down_proj": (d, f),
+            }
         return {
             "self_attn.q_proj": (self.q_size, d),
             "self_attn.k_proj": (self.kv_size, d),

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from edgeattn.exporters.trace import Trace
-from edgeattn.exporters.weights import ROTARY, WeightBinder
+from edgeattn.exporters.weights import WeightBinder
 from edgeattn.models.families import EMBEDDING, LM_HEAD
 
 
@@ -150,11 +150,9 @@ class _Stamper:
         if value is None or not value.is_initializer() or value.const_value is not None:
             return None
         name = value.name or ""
-        return (
-            name
-            if block is None or name.startswith(ROTARY)
-            else name.replace(f"layers.{block}.", prefix)
-        )
+        if block is None or name in self.binder.rotary:
+            return name
+        return name.replace(f"layers.{block}.", prefix)
 
     def _matrix(self, name: str, *, transposed: bool, use: str = "") -> ir.Value:
         value, nodes = self.binder.matrix(name, transposed=transposed, use=use)

@@ -13,8 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgeattn.models.attention import inverse_frequencies
-from edgeattn.models.decoder import rotary_name
+from edgeattn.models.attention import rotary_buffers
 from edgeattn.models.families import parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, Progress, rounded
 from edgeattn.planner.lowering import Lowering
@@ -22,7 +21,6 @@ from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.packing import pack_int4
 from edgeattn.quant.scheme import WeightFormat
 
-ROTARY = rotary_name(0).removesuffix("0")
 IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -59,6 +57,7 @@ class WeightBinder:
         model: names, shapes and formats of the parameters.
         lowering: dtype and embedding form.
         stored: every initialiser made so far, in graph order.
+        rotary: constants of rotary positions by name.
     """
 
     model: Model
@@ -67,14 +66,22 @@ class WeightBinder:
 
     def __post_init__(self) -> None:
         """Looks the parameter shapes up once."""
-        self._shapes = parameter_names(self.model.shape)
+        shape, lowering = self.model.shape, self.lowering
+        self._shapes = parameter_names(shape)
+        self.rotary = rotary_buffers(
+            shape,
+            lowering.attention,
+            context=lowering.context or shape.max_context,
+            dtype=TORCH_DTYPES[lowering.dtype],
+        )
         self._dtype = IR_DTYPES[self.lowering.dtype]
 
     def parameter(self, name: str) -> ir.Value:
         """A parameter that is never quantised: norm gains, biases, rotary frequencies."""
-        if name.startswith(ROTARY):
-            size = (self.model.shape.ropes[int(name.removeprefix(ROTARY))].dim // 2,)
-            return self._store(name, name, "float", ir.DataType.FLOAT, size, transposed=False)
+        if name in self.rotary:
+            table = self.rotary[name]
+            wide = ir.DataType.FLOAT if table.dtype == torch.float32 else self._dtype
+            return self._store(name, name, "float", wide, tuple(table.shape), transposed=False)
         return self._store(name, name, "float", self._dtype, self._shapes[name], transposed=False)
 
     def matrix(
@@ -227,9 +234,8 @@ def _encode(
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """The bytes of each part of one parameter, as a flat uint8 array."""
     dtype = TORCH_DTYPES[binder.lowering.dtype]
-    if parameter.startswith(ROTARY):
-        rope = binder.model.shape.ropes[int(parameter.removeprefix(ROTARY))]
-        yield parts[0], _bytes(inverse_frequencies(rope))
+    if parameter in binder.rotary:
+        yield parts[0], _bytes(binder.rotary[parameter])
         return
     value = binder.model.weights.read(parameter)
     for stored in parts:

@@ -18,7 +18,7 @@ PROMPT = "Once upon a time"
 BUNDLES = {
     "in-place": ("cpu", "none", True),
     "int4": ("cpu", "w4-rtn", True),
-    "joined": ("jetson-orin@jetpack6.2", "w8-rtn", False),
+    "joined": ("jetson-orin@jetpack6.2", "none", False),
 }
 
 

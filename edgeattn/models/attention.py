@@ -66,6 +66,33 @@ def rotary_caches(
     return cos.to(dtype), sin.to(dtype)
 
 
+def rotary_tables(rope: Rope, places: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[places, rope.dim / 2]` of every position up to `places`."""
+    positions = torch.arange(places).unsqueeze(0)
+    cos, sin = rotary_caches(rope, inverse_frequencies(rope), positions, dtype)
+    return cos[0, 0], sin[0, 0]
+
+
+def rotary_buffers(
+    shape: ModelShape, form: OperatorForm, *, context: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The constants of rotary positions, by their names in the decoder and in the graph.
+
+    Args:
+        shape: the architecture.
+        form: "group-query" takes tables by position, the others frequencies.
+        context: positions of a table.
+        dtype: of a table; frequencies are fp32.
+    """
+    found = {}
+    for i, rope in enumerate(shape.ropes):
+        if form == "group-query":
+            found[f"cos_cache_{i}"], found[f"sin_cache_{i}"] = rotary_tables(rope, context, dtype)
+        else:
+            found[f"inv_freq_{i}"] = inverse_frequencies(rope)
+    return found
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (i, i + R/2) of the first R = 2 cos.shape[-1] elements of each head.
 
@@ -108,7 +135,8 @@ class LayerInputs:
     """What the layers of one kind share in a step, beside the residual stream and their caches.
 
     Attributes:
-        rotary: cosine and sine, each `[B, 1, T, R/2]`; None for a layer without.
+        rotary: cosine and sine, each `[B, 1, T, R/2]`, or in the group-query form `[C, R/2]` by
+            position; None for a layer without.
         keys: which keys are seen: a mask `[B, 1, T, S]`, or counts in the group-query form.
     """
 
@@ -123,9 +151,8 @@ def layer_inputs(
     position_ids: Tensor,
     *,
     dtype: torch.dtype,
-    form: OperatorForm,
 ) -> dict[LayerKind, LayerInputs]:
-    """The shared inputs of every kind of layer in `shape`.
+    """The shared inputs of every kind of layer in `shape`, in the forms with a mask.
 
     Args:
         shape: the architecture.
@@ -133,21 +160,34 @@ def layer_inputs(
         attention_mask: `[B, S]`.
         position_ids: `[B, T]`.
         dtype: of activations.
-        form: spelling of attention.
     """
     rotary = {
         rope: rotary_caches(rope, frequencies, position_ids, dtype)
         for rope, frequencies in zip(shape.ropes, inv_freq, strict=True)
     }
     length, windows = position_ids.shape[1], {kind.window for kind in shape.layer_kinds}
-    keys: dict[int | None, Tensor | KeyCounts]
-    if form == "group-query":
-        assert windows == {None}, "GroupQueryAttention is not used for sliding windows"
-        keys = {None: count_keys(attention_mask)}
-    else:
-        keys = {window: causal_mask(attention_mask, length, window) for window in windows}
+    masks = {window: causal_mask(attention_mask, length, window) for window in windows}
     return {
-        kind: LayerInputs(rotary[kind.rope] if kind.rope else None, keys[kind.window])
+        kind: LayerInputs(rotary[kind.rope] if kind.rope else None, masks[kind.window])
+        for kind in shape.layer_kinds
+    }
+
+
+def group_query_inputs(
+    shape: ModelShape, tables: Sequence[tuple[Tensor, Tensor]], attention_mask: Tensor
+) -> dict[LayerKind, LayerInputs]:
+    """The shared inputs of every kind of layer in the group-query form.
+
+    Args:
+        shape: the architecture.
+        tables: cosine and sine by position of each of `shape.ropes`.
+        attention_mask: `[B, S]`.
+    """
+    assert not shape.has_windows, "GroupQueryAttention is not used for sliding windows"
+    rotary = dict(zip(shape.ropes, tables, strict=True))
+    counts = count_keys(attention_mask)
+    return {
+        kind: LayerInputs(rotary[kind.rope] if kind.rope else None, counts)
         for kind in shape.layer_kinds
     }
 
@@ -212,9 +252,14 @@ class Attention(nn.Module):
         self.kv_heads = (shape.num_kv_heads, shape.head_dim)
         self.form: OperatorForm = form
         self.softcap = shape.attention_softcap
-        self.q_proj = nn.Linear(shape.hidden_size, shape.q_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
+        self.sizes = [shape.q_size, shape.kv_size, shape.kv_size]
+        self.fused = shape.fused
+        if shape.fused:
+            self.qkv_proj = nn.Linear(shape.hidden_size, sum(self.sizes), bias=shape.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(shape.hidden_size, shape.q_size, bias=shape.qkv_bias)
+            self.k_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
+            self.v_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(shape.q_size, shape.hidden_size, bias=False)
         self.qk_norm = shape.qk_norm
         if shape.qk_norm:
@@ -234,20 +279,39 @@ class Attention(nn.Module):
         Returns:
             The output `[B, T, hidden]` and the joined keys and values `[B, Hkv, P + T, D]`.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.qk_norm:
-            q = self.q_norm(q.unflatten(-1, self.heads)).flatten(2)
-            k = self.k_norm(k.unflatten(-1, self.kv_heads)).flatten(2)
         if isinstance(shared.keys, KeyCounts):
             y, present = group_query_attention(
-                q, k, v, past, shared.rotary, shared.keys, self.heads[0], self.softcap
+                self._group_query_inputs(x),
+                past,
+                shared.rotary,
+                shared.keys,
+                heads=self.heads[0],
+                softcap=self.softcap,
             )
             return self.o_proj(y), present
-        q = q.unflatten(-1, self.heads).transpose(1, 2)
-        k = k.unflatten(-1, self.kv_heads).transpose(1, 2)
-        v = v.unflatten(-1, self.kv_heads).transpose(1, 2)
+        q, k, v = self._project(x)
+        q = torch.unflatten(q, -1, self.heads).transpose(1, 2)
+        k = torch.unflatten(k, -1, self.kv_heads).transpose(1, 2)
+        v = torch.unflatten(v, -1, self.kv_heads).transpose(1, 2)
         if shared.rotary is not None:
             q, k = apply_rotary(q, *shared.rotary), apply_rotary(k, *shared.rotary)
         keys, values = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         y = attend(q, keys, values, shared.keys, self.form, self.softcap)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (keys, values)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q `[B, T, H * D]`, k and v `[B, T, Hkv * D]`, normalised but not rotated."""
+        if self.fused:
+            q, k, v = torch.split(self.qkv_proj(x), self.sizes, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm:
+            q = self.q_norm(torch.unflatten(q, -1, self.heads)).flatten(2)
+            k = self.k_norm(torch.unflatten(k, -1, self.kv_heads)).flatten(2)
+        return q, k, v
+
+    def _group_query_inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `_project`; the stacked projection as it is where nothing is done to its parts."""
+        if self.fused and not self.qk_norm:
+            return self.qkv_proj(x), None, None
+        return self._project(x)

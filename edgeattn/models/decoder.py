@@ -12,10 +12,11 @@ from edgeattn.models.attention import (
     LayerInputs,
     OperatorForm,
     RMSNorm,
-    inverse_frequencies,
+    group_query_inputs,
     layer_inputs,
+    rotary_buffers,
 )
-from edgeattn.shape import ModelShape
+from edgeattn.shape import LayerKind, ModelShape
 
 KVCache = tuple[tuple[Tensor, Tensor], ...]
 
@@ -35,29 +36,32 @@ class DecoderOutput:
     hidden: tuple[Tensor, ...]
 
 
-def rotary_name(index: int) -> str:
-    """Name of the frequencies of `shape.ropes[index]`, in the decoder and in the graph."""
-    return f"inv_freq_{index}"
-
-
 class MLP(nn.Module):
     """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.activation = shape.activation
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        wide, narrow = shape.intermediate_size, shape.hidden_size
+        self.fused = shape.fused
+        if shape.fused:
+            self.gate_up_proj = nn.Linear(narrow, 2 * wide, bias=False)
+        else:
+            self.gate_proj = nn.Linear(narrow, wide, bias=False)
+            self.up_proj = nn.Linear(narrow, wide, bias=False)
+        self.down_proj = nn.Linear(wide, narrow, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`."""
-        gate = self.gate_proj(x)
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation == "silu":
             gate = nn.functional.silu(gate)
         else:
             gate = nn.functional.gelu(gate, approximate="tanh")
-        hidden: Tensor = self.down_proj(gate * self.up_proj(x))
+        hidden: Tensor = self.down_proj(gate * up)
         return hidden
 
 
@@ -117,8 +121,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         if not shape.tied_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        for i, rope in enumerate(shape.ropes):
-            self.register_buffer(rotary_name(i), inverse_frequencies(rope), persistent=False)
+        self.reset_rotary()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: KVCache
@@ -132,14 +135,7 @@ class Decoder(nn.Module):
             past: per layer keys and values `[B, Hkv, P, D]`.
         """
         x = embed(self.embed_tokens(input_ids), self.shape)
-        shared = layer_inputs(
-            self.shape,
-            [self.get_buffer(rotary_name(i)) for i in range(len(self.shape.ropes))],
-            attention_mask,
-            position_ids,
-            dtype=x.dtype,
-            form=self.form,
-        )
+        shared = self._layer_inputs(attention_mask, position_ids, x.dtype)
         hidden, present = [x], []
         for i, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True)):
             x, joined = layer(x, shared[self.shape.layer_kind(i)], layer_past)
@@ -149,14 +145,27 @@ class Decoder(nn.Module):
             x = x[:, -1:]
         return DecoderOutput(self._logits(self.norm(x)), tuple(present), tuple(hidden))
 
+    def _layer_inputs(
+        self, attention_mask: Tensor, position_ids: Tensor, dtype: torch.dtype
+    ) -> dict[LayerKind, LayerInputs]:
+        rotary = [buffer for name, buffer in self.named_buffers(recurse=False)]
+        if self.form == "group-query":
+            tables = list(zip(rotary[::2], rotary[1::2], strict=True))
+            return group_query_inputs(self.shape, tables, attention_mask)
+        return layer_inputs(self.shape, rotary, attention_mask, position_ids, dtype=dtype)
+
     def _logits(self, x: Tensor) -> Tensor:
         head = self.embed_tokens if self.shape.tied_embeddings else self.lm_head
         return soften(nn.functional.linear(x, head.weight), self.shape)
 
     def reset_rotary(self) -> None:
-        """Recomputes the rotary frequencies, in fp32, after the module was moved or emptied."""
-        for i, rope in enumerate(self.shape.ropes):
-            self.register_buffer(rotary_name(i), inverse_frequencies(rope), persistent=False)
+        """Recomputes the rotary constants after the module was made, moved or emptied."""
+        dtype = self.embed_tokens.weight.dtype
+        constants = rotary_buffers(
+            self.shape, self.form, context=self.shape.max_context, dtype=dtype
+        )
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
 
     def convert(self, dtype: torch.dtype) -> Decoder:
         """Converts the parameters in place; rotary frequencies stay fp32, as in the graph."""

@@ -16,6 +16,7 @@ from edgeattn.shape import ModelShape
 EMBEDDING = "embed_tokens.weight"
 FINAL_NORM = "norm.weight"
 LM_HEAD = "lm_head.weight"
+QKV = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def parameter_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         names[prefix + "input_layernorm.weight"] = (d,)
         for linear, (outputs, inputs) in shape.linears().items():
             names[f"{prefix}{linear}.weight"] = (outputs, inputs)
-            if shape.qkv_bias and linear.split(".")[1] in ("q_proj", "k_proj", "v_proj"):
+            if shape.qkv_bias and linear in QKV:
                 names[f"{prefix}{linear}.bias"] = (outputs,)
         if shape.qk_norm:
             names[prefix + "self_attn.q_norm.weight"] = (shape.head_dim,)

@@ -1,5 +1,8 @@
 """Attention as ONNX Runtime's GroupQueryAttention, for its CPU only, which it makes fast.
 
+Positions follow from how many keys a row has, whatever position_ids say; for a row whose padding
+lies on the right of the prefill these are the same.
+
 Its cache is not slot by slot: the valid keys of a row lie together at the front, whatever padding
 the attention mask shows, and a buffer given as both past and present is written in place. Hence
 padding may lie on the right of a prefill only; the operator is silently wrong for other rows.
@@ -40,24 +43,20 @@ def count_keys(attention_mask: Tensor) -> KeyCounts:
 
 
 def group_query_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: tuple[Tensor, Tensor | None, Tensor | None],
     past: tuple[Tensor, Tensor],
     rotary: tuple[Tensor, Tensor] | None,
     counts: KeyCounts,
+    *,
     heads: int,
     softcap: float | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The node com.microsoft::GroupQueryAttention (ContribOperators.md of ONNX Runtime).
 
     Args:
-        q: `[B, T, H * D]`.
-        k: `[B, T, Hkv * D]`.
-        v: `[B, T, Hkv * D]`.
+        qkv: `[B, T, H * D]` and twice `[B, T, Hkv * D]`, or the three side by side and None.
         past: keys (rotated) and values, each `[B, Hkv, P, D]`.
-        rotary: cosine and sine `[B, 1, T, R/2]`; rotation stays outside of the operator, so that
-            it follows position_ids.
+        rotary: cosine and sine by position, each `[C, R/2]`; None for a layer without.
         counts: valid keys.
         heads: H.
         softcap: bound of the scores.
@@ -65,30 +64,22 @@ def group_query_attention(
     Returns:
         The output `[B, T, H * D]` and the joined keys and values `[B, Hkv, P + T, D]`.
     """
-    batch, length, _ = q.shape
+    batch, length, _ = qkv[0].shape
     kv_heads, width = past[0].shape[1], past[0].shape[3]
-    if rotary is not None:
-        q, k = _rotate(q, rotary, heads, width), _rotate(k, rotary, kv_heads, width)
     attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads}
     if softcap is not None:
         attributes["softcap"] = softcap
+    inputs = [*qkv, *past, counts.last, counts.total]
+    if rotary is not None:
+        attributes["do_rotary"] = 1
+        inputs += rotary
     joined = (batch, kv_heads, past[0].shape[2] + length, width)
     y, keys, values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [q, k, v, *past, counts.last, counts.total],
+        inputs,
         attributes,  # type: ignore[arg-type]
-        dtypes=[q.dtype] * 3,
+        dtypes=[past[0].dtype] * 3,
         shapes=[(batch, length, heads * width), joined, joined],
         version=1,
     )
     return y, (keys, values)
-
-
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor], heads: int, width: int) -> Tensor:
-    """ONNX RotaryEmbedding-23 of `x` `[B, T, heads * width]`."""
-    cos, sin = (cache.squeeze(1) for cache in rotary)
-    dim = 2 * cos.shape[-1]
-    rotated: Tensor = torch.onnx.ops.rotary_embedding(
-        x, cos, sin, num_heads=heads, rotary_embedding_dim=0 if dim == width else dim
-    )
-    return rotated

@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeattn.planner.lowering import Lowering
-from edgeattn.planner.memory import DTYPE_BYTES, cache_bytes_per_token, weight_bytes
+from edgeattn.planner.memory import (
+    DTYPE_BYTES,
+    cache_bytes_per_token,
+    rotary_bytes,
+    stored_shape,
+    weight_bytes,
+)
 from edgeattn.quant.scheme import WeightFormat
 from edgeattn.shape import ModelShape
 
@@ -25,7 +31,7 @@ MEASURED_ON = "a 2-core server"
 _PAGE = 4096
 
 # model.onnx: bytes per block by spelling of attention, and per quantised matrix by bits.
-_BLOCK_BYTES = {"standard": 6250, "primitive": 8500, "group-query": 3900}
+_BLOCK_BYTES = {"standard": 6250, "primitive": 8500, "group-query": 2700}
 _QUANTISED_BYTES = {8: 660, 4: 460}
 _GRAPH_BYTES = 2500
 
@@ -123,6 +129,7 @@ def estimate(
 
 def weight_file_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of the weights file with the padding between its tensors."""
+    shape = stored_shape(shape, lowering)
     padding = sum(-size % _PAGE for size in _tensor_bytes(shape, lowering))
     return weight_bytes(shape, lowering) + padding
 
@@ -138,6 +145,7 @@ def _tensor_bytes(shape: ModelShape, lowering: Lowering) -> Iterator[int]:
     for outputs, inputs, format in matrices:
         yield from _matrix_parts(outputs, inputs, format, wide)
     yield from [shape.hidden_size * wide] * (vectors // shape.hidden_size)
+    yield rotary_bytes(shape, lowering)
 
 
 def _matrix_parts(
@@ -153,7 +161,7 @@ def _matrix_parts(
 
 def graph_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of model.onnx."""
-    linear = lowering.scheme.linear
+    shape, linear = stored_shape(shape, lowering), lowering.scheme.linear
     block = _BLOCK_BYTES[lowering.attention]
     block += _QUANTISED_BYTES[linear.bits] * len(shape.linears()) if linear else 0
     return _GRAPH_BYTES + block * shape.num_layers

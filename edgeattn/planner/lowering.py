@@ -153,7 +153,8 @@ def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> 
     """The spelling of attention that the target has right kernels for."""
     head_dim = shape.head_dim
     if lowering.attention == "group-query":
-        if shape.has_windows or head_dim % graph.head_dim_multiple:
+        widths = (head_dim, *(rope.dim for rope in shape.ropes))
+        if shape.has_windows or any(width % graph.head_dim_multiple for width in widths):
             return replace(lowering, attention="standard", kv_cache="concat")
         return lowering
     low, high = graph.min_head_dim or 1, graph.max_head_dim or head_dim

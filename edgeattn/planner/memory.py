@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import WeightFormat
 from edgeattn.shape import ModelShape
@@ -20,12 +22,21 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
     quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
     quantised += tables * shape.vocab_size * shape.hidden_size
     rest = (shape.num_parameters - quantised) * wide
-    return (
-        shape.num_layers * linear
-        + tables * table
-        + rest
-        + 2 * sum(rope.dim for rope in shape.ropes)
-    )
+    return shape.num_layers * linear + tables * table + rest + rotary_bytes(shape, lowering)
+
+
+def stored_shape(shape: ModelShape, lowering: Lowering) -> ModelShape:
+    """The shape of what the graph holds: projections are stacked for GroupQueryAttention."""
+    return replace(shape, fused=True) if lowering.attention == "group-query" else shape
+
+
+def rotary_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """Bytes of the constants of rotary positions: fp32 frequencies, or two tables by position."""
+    numbers = sum(rope.dim // 2 for rope in shape.ropes)
+    if lowering.attention != "group-query":
+        return 4 * numbers
+    context = lowering.context or shape.max_context
+    return 2 * context * numbers * DTYPE_BYTES[lowering.dtype]
 
 
 def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: int) -> int:

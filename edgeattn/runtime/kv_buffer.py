@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PAST, PRESENT = "past_key_values.", "present."
-_SMALLEST = 128
+_ROOM, _ROUND = 64, 16
 _NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -70,13 +70,14 @@ class InPlaceRunner:
 
     Args:
         session: of a graph with GroupQueryAttention.
-        outputs: names to return; the cache is not among them.
         context: most places a row can need.
+        others: outputs to return beside the logits.
     """
 
-    def __init__(self, session: InferenceSession, outputs: Sequence[str], context: int) -> None:
-        self._session, self._outputs, self._context = session, list(outputs), context
+    def __init__(self, session: InferenceSession, context: int, others: Sequence[str] = ()) -> None:
+        self._session, self._context, self._others = session, context, list(others)
         self._past = {i.name: i for i in session.get_inputs() if i.name.startswith(PAST)}
+        self._logits = next(o for o in session.get_outputs() if o.name == "logits")
 
     def run(
         self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
@@ -102,7 +103,7 @@ class InPlaceRunner:
             one["attention_mask"] = feeds["attention_mask"][:, :seen]
             outputs, cache = self._run(one, cache)
             steps.append(outputs)
-        joined = {name: np.concatenate([s[name] for s in steps], axis=1) for name in self._outputs}
+        joined = {name: np.concatenate([s[name] for s in steps], axis=1) for name in steps[0]}
         return joined, cache
 
     def _run(
@@ -119,13 +120,27 @@ class InPlaceRunner:
         for name in ("input_ids", "position_ids"):
             binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask, np.int64))
-        for name in self._outputs:
+        for name in self._others:
             binding.bind_output(name)
+        logits = self._bind_logits(binding, feeds["input_ids"])
         self._session.run_with_iobinding(binding)
-        # Outputs come in the order they were bound first: the cache, then these.
-        values = binding.get_outputs()[-len(self._outputs) :]
-        arrays = (value.numpy() for value in values)
-        return dict(zip(self._outputs, arrays, strict=True)), claimed
+        outputs = {"logits": logits}
+        if self._others:
+            # They come in the order they were bound first: the cache, these, the logits.
+            values = binding.get_outputs()[-1 - len(self._others) : -1]
+            outputs.update(zip(self._others, (v.numpy() for v in values), strict=True))
+        return outputs, claimed
+
+    def _bind_logits(self, binding: Any, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """An array that the next run fills; a prefill's logits are too large to be copied."""
+        from onnxruntime import OrtValue
+
+        rows, vocabulary = self._logits.shape[1:]
+        batch, length = input_ids.shape
+        size = (batch, rows if isinstance(rows, int) else length, vocabulary)
+        logits = np.empty(size, _NUMPY_DTYPES[self._logits.type])
+        binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+        return logits
 
     def _claim(self, cache: Prefix | None, batch: int, places: int) -> Prefix:
         """A prefix of `places` that holds what `cache` holds and that no other state will write."""
@@ -142,11 +157,12 @@ class InPlaceRunner:
         return buffer.newest
 
     def _allocate(self, batch: int, places: int) -> _Buffer:
-        """A buffer with room to grow: capacities double, so that copying stays a small part."""
-        capacity = _SMALLEST
-        while capacity < places:
-            capacity *= 2
-        capacity = max(places, min(capacity, self._context))
+        """A buffer with room to grow by half, so that copying stays a small part.
+
+        Not by doubling: heads that lie a power of two apart compete for the same cache lines.
+        """
+        roomy = -(-(places * 3 // 2 + _ROOM) // _ROUND) * _ROUND
+        capacity = max(places, min(roomy, self._context))
         arrays = {
             name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), _NUMPY_DTYPES[i.type])
             for name, i in self._past.items()

@@ -69,6 +69,8 @@ def open_onnxruntime(
     options.enable_mem_pattern = False
     if _release(ort.__version__) < _QDQ_SOUND:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # An int8 matrix with one scale per output is cut into blocks; the default of 32 reads more.
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if weights_dir is not None and isinstance(model, bytes):
@@ -117,7 +119,7 @@ class OnnxRuntimeBackend:
         self._in_place: InPlaceRunner | None = None
         if bundle.manifest.lowering.get("kv_cache") == "shared-buffer":
             context = bundle.manifest.lowering.get("context") or bundle.shape.max_context
-            self._in_place = InPlaceRunner(self._session, ["logits"], context)
+            self._in_place = InPlaceRunner(self._session, context)
 
     def run(
         self,

@@ -45,8 +45,8 @@ class OrtBackend:
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
         self.packed_cache = lowering.kv_cache == "shared-buffer"
         if self.packed_cache:
-            names = [name for name in self._outputs if not name.startswith(PRESENT)]
-            self._in_place = InPlaceRunner(self._session, names, context=_CONTEXT)
+            hidden_names = [name for name in self._outputs if name.startswith("hidden.")]
+            self._in_place = InPlaceRunner(self._session, _CONTEXT, hidden_names)
 
     def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
         """See `edgeattn.verify.drive.Backend.step`."""

@@ -127,7 +127,6 @@ class _Walk:
                 torch.from_numpy(step.attention_mask),
                 torch.from_numpy(step.position_ids),
                 dtype=run.dtype,
-                form=self.form,
             )
             hidden[i], past = module(hidden[i], shared[self.shape.layer_kind(index)], past)
         valid = case.steps[-1].attention_mask.astype(bool)

@@ -15,6 +15,7 @@ import pytest
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import weight_bytes
+from edgeattn.transforms.fuse import FUSED
 
 LAYERS = 3
 BUNDLES = {
@@ -149,14 +150,20 @@ def test_untied_tables_are_stored_apart(
     assert place(tensors["embed_tokens.weight"]) != place(tensors["lm_head.weight"])
 
 
+@pytest.mark.parametrize(("target", "stacked"), [("cpu", True), ("jetson-orin@jetpack6.2", False)])
 def test_weights_are_the_checkpoints(
-    tiny_checkpoint: Path, export_tiny: Callable[..., Path]
+    tiny_checkpoint: Path, export_tiny: Callable[..., Path], target: str, stacked: bool
 ) -> None:
-    """Read back from the file, transposed where MatMul wants it."""
+    """Read back from the file, transposed where MatMul wants it, stacked where the graph is."""
     from safetensors.numpy import load_file
 
     held = load_file(tiny_checkpoint / "model.safetensors")
-    bundle = export_tiny("cpu")
+    bundle = export_tiny(target, dtype="fp32")
+    for layer in range(3 if stacked else 0):
+        for whole, parts in FUSED.items():
+            names = [f"model.layers.{layer}.{part}.weight" for part in parts]
+            whole_name = f"model.layers.{layer}.{whole}.weight"
+            held[whole_name] = np.concatenate([held.pop(name) for name in names])
     content = (bundle / "model.onnx.data").read_bytes()
     seen = set()
     for tensor in graph_of(bundle).initializer:

@@ -24,6 +24,7 @@ from edgeattn.models.model import load_decoder, model_of
 from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
+from edgeattn.transforms.fuse import fuse_projections
 from edgeattn.transforms.quantize import quantize
 from edgeattn.verify.tolerance import relative_error
 
@@ -49,7 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3-group-query": ("group-query", {"model_type": "smollm3", "num_hidden_layers": 5}),
     "phi3-partial-rotary": (
         "group-query",
-        {"model_type": "phi3", "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+        {"model_type": "phi3", "head_dim": 32, "partial_rotary_factor": 0.5},
     ),
     "gemma2-softcaps-primitive": (
         "primitive",
@@ -72,6 +73,8 @@ class Pair:
     def __init__(self, form: str, path: Path) -> None:
         self.form = form
         self.model = model_of(open_checkpoint(path))
+        if form == "group-query":
+            self.model = fuse_projections(self.model)
         self.one = trace_decoder(self.model.shape, self.lowering("none"))
         self.whole = trace_decoder(self.model.shape, self.lowering("none"), whole=True)
 
@@ -124,7 +127,7 @@ def test_the_same_numbers(pair: Pair, tmp_path: Path) -> None:
         compute_dtype=torch.float32,
         form="standard" if packed else binder.lowering.attention,
     )
-    with with_weights(pair.whole.model, decoder) as whole:
+    with with_weights(pair.whole.model, decoder, binder) as whole:
         ir.save(whole, tmp_path / "whole.onnx")
     ids, mask = ragged("right" if packed else "left")
     expected = run_torch(decoder, ids, mask)
@@ -214,9 +217,9 @@ def run_onnx(file: Path, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndar
 
 
 @contextmanager
-def with_weights(trace: ir.Model, decoder: Decoder) -> Iterator[ir.Model]:
+def with_weights(trace: ir.Model, decoder: Decoder, binder: WeightBinder) -> Iterator[ir.Model]:
     """The trace while its initialisers hold the decoder's parameters."""
-    held = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    held = dict(decoder.named_parameters()) | binder.rotary
     empty = [v for v in trace.graph.initializers.values() if v.const_value is None]
     for value in empty:
         value.const_value = ir.tensor(held[value.name].detach().numpy(), name=value.name)

@@ -103,8 +103,8 @@ def test_a_context_beyond_the_checkpoint_is_refused() -> None:
         ("l4", 64, "standard"),
         ("l4", 8, "primitive"),
         ("l4", 320, "primitive"),
-        ("cpu", 8, "group-query"),
-        ("cpu", 12, "standard"),
+        ("cpu", 16, "group-query"),
+        ("cpu", 24, "standard"),
     ],
 )
 def test_attention_without_a_kernel_is_spelled_out(target: str, head_dim: int, form: str) -> None:
@@ -129,8 +129,14 @@ def test_a_window_takes_the_cpu_off_its_fast_path_unless_the_context_fits_in_it(
     assert fit(shape, "l4", "none").attention == "standard"
 
 
+def test_a_rotated_part_of_odd_width_takes_the_cpu_off_its_fast_path() -> None:
+    partly = replace(SMOLLM2, layer_cycle=(LayerKind(Rope(48, 1e5)), LayerKind(Rope(40, 1e5))))
+    assert fit(partly, "cpu", "none").attention == "standard"
+    assert fit(replace(partly, num_layers=1), "cpu", "none").attention == "group-query"
+
+
 def with_heads(head_dim: int) -> ModelShape:
-    return replace(SMOLLM2, head_dim=head_dim, layer_cycle=(LayerKind(Rope(head_dim - 2, 1e5)),))
+    return replace(SMOLLM2, head_dim=head_dim, layer_cycle=(LayerKind(Rope(head_dim, 1e5)),))
 
 
 def test_a_lowering_survives_the_manifest() -> None:

@@ -1,0 +1,98 @@
+"""The cache that is written in place, against the same model with a cache that grows by copying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeattn.runtime import Session
+
+ROW = [7, 81, 3, 200, 14, 99, 5, 41, 260]
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def pair(export_tiny: Callable[..., Path]) -> tuple[Session, Session]:
+    """The same weights: cache in place, and joined."""
+    found = []
+    for target, form in (("cpu", "shared-buffer"), ("jetson-orin@jetpack6.2", "concat")):
+        session = Session.open(export_tiny(target, dtype="fp32"), exact=True)
+        assert session.bundle.manifest.lowering["kv_cache"] == form
+        found.append(session)
+    return found[0], found[1]
+
+
+def test_every_way_to_cut_a_text_gives_the_same(pair: tuple[Session, Session]) -> None:
+    ours, joined = pair
+    expected = joined.run([ROW]).logits[0]
+    for cuts in ([9], [1, 8], [4, 1, 4], [5, 1, 1, 1, 1], [1] * 9):
+        state, logits, begin = None, [], 0
+        for length in cuts:
+            step = ours.run([ROW[begin : begin + length]], state)
+            state, begin = step.state, begin + length
+            logits.append(step.logits[0])
+        np.testing.assert_allclose(np.concatenate(logits), expected, atol=TOLERANCE)
+
+
+def test_ragged_rows_that_pause_and_continue(pair: tuple[Session, Session]) -> None:
+    """Padding after the prompt, a step for one row alone, then several tokens for both."""
+    ids, mask = np.array([ROW, [*ROW[:4], 0, 0, 0, 0, 0]]), np.ones((2, 9), np.int64)
+    mask[1, 4:] = 0
+    steps = []
+    for session in pair:
+        first = session.run(ids, attention_mask=mask)
+        pause = session.run([[9], [0]], first.state, attention_mask=[[1], [0]])
+        again = session.run([[30, 31, 32], [33, 34, 0]], pause.state, attention_mask=TWO)
+        last = session.run([[35], [36]], again.state)
+        steps.append((first, pause, again, last))
+    valid = (mask == 1, np.array([[True], [False]]), TWO == 1, np.ones((2, 1), bool))
+    for found, expected, places in zip(*steps, valid, strict=True):
+        difference = np.abs(found.logits[places] - expected.logits[places])
+        assert difference.max() < TOLERANCE
+
+
+TWO = np.array([[1, 1, 1], [1, 1, 0]])
+
+
+def test_an_older_state_is_copied_and_stays_valid(pair: tuple[Session, Session]) -> None:
+    ours, joined = pair
+    start = ours.run([ROW])
+    left, right = ours.run([[1]], start.state), ours.run([[2]], start.state)
+    reference = joined.run([ROW])
+    for token, state in ((1, left.state), (2, right.state), (1, left.state)):
+        branch = joined.run([[token]], reference.state)
+        expected = joined.run([[50]], branch.state).logits
+        np.testing.assert_allclose(ours.run([[50]], state).logits, expected, atol=TOLERANCE)
+
+
+def test_a_buffer_grows_up_to_the_context(pair: tuple[Session, Session]) -> None:
+    ours, joined = pair
+    shape = ours.bundle.shape
+    per_token = shape.num_layers * 2 * shape.kv_size * 4
+    ids = np.random.default_rng(0).integers(0, 272, (1, 256))
+    state, capacities = None, []
+    for begin, end in ((0, 9), (9, 100), (100, 101), (101, 255), (255, 256)):
+        step = ours.run(ids[:, begin:end], state)
+        state = step.state
+        capacities.append(ours.cache_bytes(state) // per_token)
+    assert capacities == [80, 224, 224, 256, 256]
+    np.testing.assert_allclose(step.logits[0], joined.run(ids).logits[0, -1:], atol=TOLERANCE)
+
+
+def test_threads_branch_off_one_state(pair: tuple[Session, Session]) -> None:
+    ours, _ = pair
+    start = ours.run([ROW]).state
+    expected = [ours.run([[token]], start).logits for token in range(16)]
+
+    def work(token: int) -> np.ndarray:
+        step = ours.run([[token]], start)
+        ours.run([[3]], step.state)
+        return step.logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(work, range(16)), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
