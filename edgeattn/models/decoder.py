@@ -16,6 +16,7 @@ from edgeattn.models.attention import (
     layer_inputs,
     rotary_buffers,
 )
+from edgeattn.models.group_query import refuse_left_padding
 from edgeattn.shape import LayerKind, ModelShape
 
 KVCache = tuple[tuple[Tensor, Tensor], ...]
@@ -135,6 +136,8 @@ class Decoder(nn.Module):
             past: per layer keys and values `[B, Hkv, P, D]`.
         """
         x = embed(self.embed_tokens(input_ids), self.shape)
+        if self.form == "group-query":
+            x = refuse_left_padding(x, attention_mask)
         shared = self._layer_inputs(attention_mask, position_ids, x.dtype)
         hidden, present = [x], []
         for i, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True)):

@@ -5,7 +5,8 @@ lies on the right of the prefill these are the same.
 
 Its cache is not slot by slot: the valid keys of a row lie together at the front, whatever padding
 the attention mask shows, and a buffer given as both past and present is written in place. Hence
-padding may lie on the right of a prefill only; the operator is silently wrong for other rows.
+padding may lie on the right of a prefill only. The operator is silently wrong for a row padded on
+the left; the graph makes such a row NaN (`refuse_left_padding`).
 
 A sliding window is not asked of it: its attribute counts the query itself in ONNX Runtime 1.31 and
 does not in 1.23 (measured), so that one file would mean two models.
@@ -40,6 +41,12 @@ def count_keys(attention_mask: Tensor) -> KeyCounts:
     last = attention_mask.sum(1) - 1
     total = torch.full((), attention_mask.shape[1], dtype=torch.int32)
     return KeyCounts(last.to(torch.int32), total)
+
+
+def refuse_left_padding(x: Tensor, attention_mask: Tensor) -> Tensor:
+    """`x` `[B, T, hidden]`, NaN in every row whose first place is padding."""
+    valid = attention_mask[:, :1].unsqueeze(2) != 0
+    return x * torch.where(valid, 1.0, torch.nan).to(x.dtype)
 
 
 def group_query_attention(

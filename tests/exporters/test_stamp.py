@@ -164,6 +164,19 @@ def test_padding_changes_nothing(pair: Pair, tmp_path: Path) -> None:
         assert relative_error(logits, alone[f"logits {step}"]) < TOLERANCE
 
 
+def test_left_padding_is_no_silent_error(pair: Pair, tmp_path: Path) -> None:
+    """GroupQueryAttention would give other numbers for the padded row: it gives none."""
+    if pair.form != "group-query":
+        pytest.skip("the other forms take padding on the left")
+    stamped, binder = pair.stamped(pair.one, "none")
+    write_weights(binder, tmp_path / "weights")
+    ir.save(stamped, tmp_path / "stamped.onnx")
+    found = run_onnx(tmp_path / "stamped.onnx", *ragged("left"))
+    for step in range(STEPS + 1):
+        assert np.isfinite(found[f"logits {step}"][0]).all()
+        assert np.isnan(found[f"logits {step}"][1]).all()
+
+
 PADDING, STEPS = 3, 2
 
 
