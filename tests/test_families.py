@@ -57,13 +57,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# One divisor per frequency of the 8 rotated elements; the original context exceeds the text.
+# One divisor per frequency of 16 rotated elements; the original context exceeds the text.
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
     "partial_rotary_factor": 0.5,
-    "short_factor": [1.0, 1.1, 1.5, 2.0],
-    "long_factor": [3.0, 4.0, 5.0, 6.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 1.7, 2.0, 2.5, 3.0],
+    "long_factor": [4.0] * 8,
     "original_max_position_embeddings": 128,
 }
 JETPACK6, JETPACK7, L4 = "jetson-orin@jetpack6.2", "jetson-orin@jetpack7.2", "l4@trt11"
@@ -102,7 +102,7 @@ MODELS: dict[str, Model] = {
     ),
     "phi4-mini-longrope": Model(
         transformers.Phi3Config(
-            **SIZES,
+            **{**SIZES, "num_attention_heads": 2, "num_key_value_heads": 1},
             rope_parameters=LONGROPE,
             original_max_position_embeddings=128,
             tie_word_embeddings=True,
