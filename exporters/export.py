@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgeattn.exporters.check import check_graph
+from edgeattn.exporters.passes import fuse_residual_norms
 from edgeattn.exporters.stamp import stamp
 from edgeattn.exporters.trace import trace_decoder
 from edgeattn.exporters.weights import WeightBinder, write_weights
@@ -49,6 +50,8 @@ def export_graph(
     """
     binder = WeightBinder(model, lowering)
     graph = stamp(trace_decoder(model.shape, lowering), binder)
+    if lowering.attention == "group-query":
+        fuse_residual_norms(graph)
     size, sha256 = write_weights(binder, weights_file, progress=progress)
     ir.save(graph, model_file)
     check_graph(model_file)

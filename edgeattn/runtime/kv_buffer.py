@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PAST, PRESENT = "past_key_values.", "present."
+TOKENS = ("input_ids", "position_ids")
 _ROOM, _ROUND = 64, 16
 _NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -53,6 +54,8 @@ class _Buffer:
         self.arrays = arrays
         self.lock = threading.Lock()
         self.newest: Prefix | None = None
+        # Tokens and logits `[B, 1, …]` of decode steps, while they are bound.
+        self.step: dict[str, NDArray[Any]] | None = None
         self.binding = session.io_binding()
         # The values read and write the arrays in place and do not keep them alive.
         self._values = {name: OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
@@ -116,31 +119,54 @@ class InPlaceRunner:
             mask = mask.copy()
             mask[:, -1] = 1
         claimed = self._claim(cache, *mask.shape)
-        binding = claimed.buffer.binding
-        for name in ("input_ids", "position_ids"):
-            binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask, np.int64))
+        buffer, (batch, length) = claimed.buffer, feeds["input_ids"].shape
+        buffer.binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask, np.int64))
         for name in self._others:
-            binding.bind_output(name)
-        logits = self._bind_logits(binding, feeds["input_ids"])
-        self._session.run_with_iobinding(binding)
-        outputs = {"logits": logits}
-        if self._others:
-            # They come in the order they were bound first: the cache, these, the logits.
-            values = binding.get_outputs()[-1 - len(self._others) : -1]
-            outputs.update(zip(self._others, (v.numpy() for v in values), strict=True))
-        return outputs, claimed
+            buffer.binding.bind_output(name)
+        if length > 1:
+            self._bind_tokens(buffer, feeds)
+        elif buffer.step is None:
+            buffer.step = self._bind_step(buffer, batch)
+        if buffer.step is not None:
+            for name in TOKENS:
+                buffer.step[name][...] = feeds[name]
+        self._session.run_with_iobinding(buffer.binding)
+        return self._outputs(buffer), claimed
 
-    def _bind_logits(self, binding: Any, input_ids: NDArray[np.int64]) -> NDArray[Any]:
-        """An array that the next run fills; a prefill's logits are too large to be copied."""
+    def _bind_tokens(self, buffer: _Buffer, feeds: Mapping[str, NDArray[np.int64]]) -> None:
+        """Binds tokens, and logits to memory of ONNX Runtime, which it uses again.
+
+        In fresh memory of ours each page would cost a fault, a tenth of a prefill.
+        """
+        buffer.step = None
+        for name in TOKENS:
+            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+        buffer.binding.bind_output("logits")
+
+    def _bind_step(self, buffer: _Buffer, batch: int) -> dict[str, NDArray[Any]]:
+        """Binds arrays that all decode steps fill and read."""
         from onnxruntime import OrtValue
 
-        rows, vocabulary = self._logits.shape[1:]
-        batch, length = input_ids.shape
-        size = (batch, rows if isinstance(rows, int) else length, vocabulary)
-        logits = np.empty(size, _NUMPY_DTYPES[self._logits.type])
-        binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
-        return logits
+        step: dict[str, NDArray[Any]] = {name: np.zeros((batch, 1), np.int64) for name in TOKENS}
+        for name, array in step.items():
+            buffer.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        size = (batch, 1, self._logits.shape[2])
+        step["logits"] = np.zeros(size, _NUMPY_DTYPES[self._logits.type])
+        value = OrtValue.ortvalue_from_numpy(step["logits"])
+        buffer.binding.bind_ortvalue_output("logits", value)
+        return step
+
+    def _outputs(self, buffer: _Buffer) -> dict[str, NDArray[Any]]:
+        names = self._others if buffer.step else [*self._others, "logits"]
+        outputs = {}
+        if names:
+            # They come in the order they were bound first: the cache, the others, the logits.
+            values = buffer.binding.get_outputs_as_ortvaluevector()
+            for place, name in enumerate(names, start=len(self._past)):
+                outputs[name] = np.from_dlpack(values[place])
+        if buffer.step:
+            outputs["logits"] = buffer.step["logits"].copy()
+        return outputs
 
     def _claim(self, cache: Prefix | None, batch: int, places: int) -> Prefix:
         """A prefix of `places` that holds what `cache` holds and that no other state will write."""

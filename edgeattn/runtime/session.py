@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,19 +34,16 @@ class State:
     """
 
     _owner: Session = field(repr=False)
-    _mask: NDArray[np.int64] = field(repr=False)  # [B, P], 1 at tokens
+    # [B, P], 1 at tokens; None where none is padding.
+    _mask: NDArray[np.int64] | None = field(repr=False)
     _next: NDArray[np.int64] = field(repr=False)  # [B], position of the next token
     _cache: Cache = field(repr=False)
+    length: int
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return int(self._mask.shape[0])
-
-    @property
-    def length(self) -> int:
-        """Slots of the cache, padding included."""
-        return int(self._mask.shape[1])
+        return len(self._next)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,30 +185,28 @@ class Session:
                 the context holds, or logits that are not finite.
         """
         ids = self._check_ids(input_ids)
-        mask = _check_mask(attention_mask, ids)
+        mask = None if attention_mask is None else _check_mask(attention_mask, ids)
         self._check_vocabulary(ids, mask)
         self._check_state(state, ids)
-        total = mask if state is None else np.concatenate((state._mask, mask), axis=1)
-        if state is None and not mask[:, 0].all():
-            raise RuntimeInputError(
-                expected="at least one token in every row",
-                came=f"row {int(mask[:, 0].argmin())} is all padding",
-                todo="leave that row out",
-            )
-        if self.last_logits_only and not mask[:, -1].all():
-            raise RuntimeInputError(
-                expected="rows of equal length for a bundle with logits of the last place only",
-                came=f"row {int(mask[:, -1].argmin())} ends in padding",
-                todo="run rows of one length together, or export with --logits all",
-            )
-        first = np.int64(0) if state is None else state._next[:, None]
-        positions = np.maximum(first + mask.cumsum(axis=1) - 1, 0)
-        # An id at padding may be a marker such as -100, which the embedding could not look up.
-        ids = ids if attention_mask is None else ids * mask
-        cache = None if state is None else state._cache
-        logits, present = self._backend.run(ids, total, positions, cache)
-        self._check_logits(logits, None if attention_mask is None else mask)
-        return Step(logits, State(self, total, total.sum(axis=1), present))
+        self._check_rows(mask, first=state is None)
+        batch, length = ids.shape
+        seen = np.zeros(batch, np.int64) if state is None else state._next
+        if mask is None:
+            positions = seen[:, None] + np.arange(length)
+        else:
+            positions = np.maximum(seen[:, None] + mask.cumsum(axis=1) - 1, 0)
+            # An id at padding may be a marker such as -100, which the embedding could not look up.
+            ids = ids * mask
+        total = _join(state, mask, ids)
+        slots = length if state is None else state.length + length
+        logits, present = self._backend.run(
+            ids,
+            np.ones((batch, slots), np.int64) if total is None else total,
+            positions,
+            None if state is None else state._cache,
+        )
+        self._check_logits(logits, mask)
+        return Step(logits, State(self, total, positions[:, -1] + 1, present, slots))
 
     def _check_ids(self, input_ids: ArrayLike) -> NDArray[np.int64]:
         ids = _whole_numbers("input_ids", input_ids)
@@ -222,8 +218,13 @@ class Session:
             )
         return ids
 
-    def _check_vocabulary(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
-        wrong = ((ids < 0) | (ids >= self.vocab_size)) & (mask == 1)
+    def _check_vocabulary(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> None:
+        # Read as unsigned, a negative id is a large one.
+        if np.maximum.reduce(ids.view(np.uint64), axis=None) < self.vocab_size:
+            return
+        wrong = (ids < 0) | (ids >= self.vocab_size)
+        if mask is not None:
+            wrong &= mask == 1
         if wrong.any():
             raise RuntimeInputError(
                 expected=f"token ids from 0 to {self.vocab_size - 1}",
@@ -252,11 +253,28 @@ class Session:
                 todo="give a shorter text, or export with a larger --context",
             )
 
+    def _check_rows(self, mask: NDArray[np.int64] | None, *, first: bool) -> None:
+        """Refuses padding that a run cannot take; `first` without a state."""
+        if mask is None:
+            return
+        if first and not mask[:, 0].all():
+            raise RuntimeInputError(
+                expected="at least one token in every row",
+                came=f"row {int(mask[:, 0].argmin())} is all padding",
+                todo="leave that row out",
+            )
+        if self.last_logits_only and not mask[:, -1].all():
+            raise RuntimeInputError(
+                expected="rows of equal length for a bundle with logits of the last place only",
+                came=f"row {int(mask[:, -1].argmin())} ends in padding",
+                todo="run rows of one length together, or export with --logits all",
+            )
+
     def _check_logits(self, logits: NDArray[np.float32], mask: NDArray[np.int64] | None) -> None:
         if mask is not None and logits.shape[1] == mask.shape[1]:
             logits = logits[mask == 1]
         # The maximum is not finite where any element is NaN or +inf; it allocates nothing.
-        if logits.size and not np.isfinite(logits.max()):
+        if logits.size and not math.isfinite(np.maximum.reduce(logits, axis=None)):
             raise RuntimeInputError(
                 expected="finite logits",
                 came="the model returned NaN or infinity",
@@ -278,10 +296,22 @@ def _whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def _check_mask(attention_mask: ArrayLike | None, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def _join(
+    state: State | None, mask: NDArray[np.int64] | None, ids: NDArray[np.int64]
+) -> NDArray[np.int64] | None:
+    """The mask of all slots, past and new; None where none is padding."""
+    past = None if state is None else state._mask
+    if past is None and mask is None:
+        return None
+    new = np.ones(ids.shape, np.int64) if mask is None else mask
+    if state is None:
+        return new
+    old = np.ones((state.batch, state.length), np.int64) if past is None else past
+    return np.concatenate((old, new), axis=1)
+
+
+def _check_mask(attention_mask: ArrayLike, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The mask of the new tokens, `[B, T]`."""
-    if attention_mask is None:
-        return np.ones(ids.shape, np.int64)
     if np.asarray(attention_mask).dtype == np.bool_:
         attention_mask = np.asarray(attention_mask, np.int64)
     mask = _whole_numbers("attention_mask", attention_mask)
