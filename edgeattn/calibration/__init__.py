@@ -1,0 +1,1 @@
+"""What calibration shows a model: windows of tokens cut from a text."""

@@ -1,0 +1,203 @@
+"""Windows of tokens cut from a text: what calibration and quality figures are computed on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+# A word or sign unknown here and there is usual; a text in a foreign script is unknown throughout.
+_MOST_UNKNOWN = 0.1
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, or a folder whose *.txt files, sorted by name, are joined by newlines.
+
+    Raises:
+        RuntimeInputError: nothing is there, it cannot be read, is no UTF-8, or is empty.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.txt") if file.is_file())
+        if not files:
+            raise RuntimeInputError(
+                expected=f"*.txt files in {path}",
+                came="the folder has none",
+                todo="put texts there or pass a file",
+            )
+    text = "\n".join(_read_file(file) for file in files)
+    if not text.strip():
+        raise RuntimeInputError(
+            expected=f"a text in {path}", came="it is empty", todo="pass a text of some pages"
+        )
+    return text
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, for manifests."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def token_windows(
+    text: str,
+    tokenizer_json: bytes | str | None,
+    *,
+    windows: int,
+    length: int,
+    vocab_size: int,
+) -> Tensor:
+    """Windows of consecutive tokens, one from the middle of each of equal stretches of the text.
+
+    So few windows see all of a long text; a text just long enough is cut without gaps.
+
+    Args:
+        text: long enough for all windows.
+        tokenizer_json: content of tokenizer.json, None for a checkpoint without.
+        windows: how many.
+        length: tokens of each.
+        vocab_size: rows of the embedding.
+
+    Returns:
+        `[windows, length]` int64, in the order of the text.
+
+    Raises:
+        UsageError: `windows` or `length` is not positive.
+        CheckpointError: no tokenizer, one that does not load, or ids beyond the embedding.
+        RuntimeInputError: the text is too short, or full of what the tokenizer does not know.
+    """
+    for name, value in (("number of windows", windows), ("length of a window", length)):
+        if value < 1:
+            raise UsageError(
+                expected=f"a {name} of at least 1", came=f"it is {value}", todo="give more"
+            )
+    ids = token_ids(text, tokenizer_json)
+    if len(ids) < windows * length:
+        raise RuntimeInputError(
+            expected=f"a text of {windows} windows of {length} tokens",
+            came=f"it has {len(ids)} tokens, enough for {len(ids) // length} windows",
+            todo="take a longer text, or fewer or shorter windows",
+        )
+    check_vocabulary(max(ids), vocab_size)
+    starts = _spread(len(ids), windows, length)
+    return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
+
+
+def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
+    """Ids of a text, without special tokens.
+
+    Args:
+        text: any text.
+        tokenizer_json: content of tokenizer.json, None for a checkpoint without.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that does not load.
+        RuntimeInputError: the tokenizer does not know too much of the text.
+    """
+    if tokenizer_json is None:
+        raise CheckpointError(
+            expected="tokenizer.json in the checkpoint, to turn the text into tokens",
+            came="the checkpoint has none",
+            todo="put the model's tokenizer.json into the checkpoint",
+        )
+    content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+    tokenizer = _load_tokenizer(content)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    share = _unknown_share(encoding, _unknown_id(tokenizer, content))
+    if share > _MOST_UNKNOWN:
+        raise RuntimeInputError(
+            expected="a text that the checkpoint's tokenizer can represent",
+            came=f"{share:.0%} of its characters are unknown to it",
+            todo="pass a text in a language and script of the model",
+        )
+    return list(encoding.ids)
+
+
+def check_vocabulary(highest: int, vocab_size: int) -> None:
+    """Refuses ids that the embedding has no row for.
+
+    Args:
+        highest: id of a text.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        CheckpointError: the tokenizer is another model's.
+    """
+    if highest >= vocab_size:
+        raise CheckpointError(
+            expected=f"a tokenizer whose ids are below {vocab_size}, the size of the vocabulary",
+            came=f"the text has token {highest}",
+            todo="put the model's own tokenizer.json into the checkpoint",
+        )
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise RuntimeInputError(
+            expected=f"a text at {file}",
+            came=f"it cannot be read ({error.strerror})",
+            todo="check the path",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RuntimeInputError(
+            expected=f"UTF-8 in {file}",
+            came=f"byte {error.start} does not fit",
+            todo="convert the text to UTF-8",
+        ) from error
+
+
+def _load_tokenizer(content: bytes) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception for any malformed file
+        raise CheckpointError(
+            expected="a tokenizer.json that the tokenizers library reads",
+            came=str(error),
+            todo="repair the checkpoint's tokenizer.json",
+        ) from error
+    # Some checkpoints store the limits of their training, which would cut or fill every text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _unknown_id(tokenizer: Tokenizer, content: bytes) -> int | None:
+    """The id that stands for whatever the tokenizer does not know, None where it knows all."""
+    # From the file: the library's objects name it for some kinds of model only.
+    model: dict[str, Any] = json.loads(content)["model"]
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    token = model.get("unk_token")
+    return None if token is None else tokenizer.token_to_id(token)
+
+
+def _unknown_share(encoding: Encoding, unknown: int | None) -> float:
+    """Share of the characters that became the unknown token.
+
+    Not of the tokens: many tokenizers make one token of a whole unknown run.
+    """
+    ids: Sequence[int] = encoding.ids
+    if unknown is None or unknown not in ids:
+        return 0.0
+    sizes = [end - begin for begin, end in encoding.offsets]
+    unknown_size = sum(size for token, size in zip(ids, sizes, strict=True) if token == unknown)
+    return unknown_size / max(1, sum(sizes))
+
+
+def _spread(total: int, windows: int, length: int) -> list[int]:
+    """First tokens of windows, each in the middle of its stretch of `total // windows` tokens."""
+    margin = (total // windows - length) // 2
+    return [i * total // windows + margin for i in range(windows)]
