@@ -18,6 +18,7 @@ else:
 
 DTYPES = ("fp32", "fp16", "bf16")
 LOGITS = ("all", "last")
+_COUNTS = ("context", "batch", "calibration_windows")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Recipe:
         context: longest sequence in tokens; None takes the checkpoint's own.
         batch: most rows at once.
         logits: "all" positions or the "last" one only.
+        calibration: a text file, or a folder of them, for schemes that are calibrated.
+        calibration_windows: stretches of 512 tokens that are taken from it.
+        rotations: a file of learned rotations to use again.
     """
 
     target: str
@@ -39,6 +43,9 @@ class Recipe:
     context: int | None = None
     batch: int = 1
     logits: str = "all"
+    calibration: str | None = None
+    calibration_windows: int = 128
+    rotations: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses values that are no recipe, whatever the target.
@@ -52,7 +59,8 @@ class Recipe:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.logits not in LOGITS:
             raise unknown_name("choice of logits", self.logits, LOGITS)
-        for name, value in (("context", self.context), ("batch", self.batch)):
+        for name in _COUNTS:
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(
                     expected=f"a positive {name}", came=f"it is {value}", todo="give at least 1"
@@ -104,10 +112,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _check_types(recipe: Recipe) -> None:
-    wanted = {"context": int, "batch": int}
     for f in fields(recipe):
         value = getattr(recipe, f.name)
-        kind = wanted.get(f.name, str)
+        kind = int if f.name in _COUNTS else str
         optional = f.default is None and value is None
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise UsageError(

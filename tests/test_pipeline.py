@@ -21,18 +21,19 @@ from edgeattn.bundle.bundle import Bundle
 # The command line with a line on standard error as each stage begins, and a pause for the signal.
 PROGRAM = """
 import sys, time
-import edgeattn.pipeline as pipeline
+from edgeattn.bundle.writer import BundleWriter
 from edgeattn.cli import main
+from edgeattn.pipeline.clock import Clock
 
-start = pipeline._Clock.start
+start = Clock.start
 
 def announce(self, stage):
     start(self, stage)
     print(f"STAGE {stage}", file=sys.stderr, flush=True)
     time.sleep(0.2)
 
-pipeline._Clock.start = announce
-commit = pipeline.BundleWriter.commit
+Clock.start = announce
+commit = BundleWriter.commit
 
 def announced_commit(self):
     print("STAGE committing", file=sys.stderr, flush=True)
@@ -40,7 +41,7 @@ def announced_commit(self):
     print("STAGE committed", file=sys.stderr, flush=True)
     time.sleep(0.2)
 
-pipeline.BundleWriter.commit = announced_commit
+BundleWriter.commit = announced_commit
 main(sys.argv[1:], prog_name="edgeattn")
 """
 STAGES = ("reading the checkpoint", "writing the graph", "proving the bundle", "committed")

@@ -87,7 +87,7 @@ def token_windows(
             came=f"it has {len(ids)} tokens, enough for {len(ids) // length} windows",
             todo="take a longer text, or fewer or shorter windows",
         )
-    check_vocabulary(max(ids), vocab_size)
+    _check_vocabulary(max(ids), vocab_size)
     starts = _spread(len(ids), windows, length)
     return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
 
@@ -122,16 +122,7 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
     return list(encoding.ids)
 
 
-def check_vocabulary(highest: int, vocab_size: int) -> None:
-    """Refuses ids that the embedding has no row for.
-
-    Args:
-        highest: id of a text.
-        vocab_size: rows of the embedding.
-
-    Raises:
-        CheckpointError: the tokenizer is another model's.
-    """
+def _check_vocabulary(highest: int, vocab_size: int) -> None:
     if highest >= vocab_size:
         raise CheckpointError(
             expected=f"a tokenizer whose ids are below {vocab_size}, the size of the vocabulary",

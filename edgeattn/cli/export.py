@@ -26,11 +26,15 @@ Examples:
 @click.argument("model")
 @click.option("--target", metavar="NAME[@SOFTWARE]", help="Device, see `edgeattn targets`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
-@click.option("--quant", metavar="NAME[:k=v,…]", help="none, w8-rtn, w4-rtn[:group=32|64|128].")
+@click.option(
+    "--quant", metavar="NAME[:k=v,…]", help="Scheme, such as w4a16-spinquant; see README."
+)
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Default: what the target prefers.")
 @click.option("--context", type=int, help="Longest sequence in tokens.")
 @click.option("--batch", type=int, help="Most rows at once.")
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
+@click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
+@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [128].")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, sizes and times; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.models.group_query import KeyCounts, count_keys, group_query_attention
+from edgeattn.models.linear import Linear
 from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
 OperatorForm = Literal["standard", "primitive", "group-query"]
@@ -255,12 +256,12 @@ class Attention(nn.Module):
         self.sizes = [shape.q_size, shape.kv_size, shape.kv_size]
         self.fused = shape.fused
         if shape.fused:
-            self.qkv_proj = nn.Linear(shape.hidden_size, sum(self.sizes), bias=shape.qkv_bias)
+            self.qkv_proj = Linear(shape.hidden_size, sum(self.sizes), bias=shape.qkv_bias)
         else:
-            self.q_proj = nn.Linear(shape.hidden_size, shape.q_size, bias=shape.qkv_bias)
-            self.k_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
-            self.v_proj = nn.Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(shape.q_size, shape.hidden_size, bias=False)
+            self.q_proj = Linear(shape.hidden_size, shape.q_size, bias=shape.qkv_bias)
+            self.k_proj = Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
+            self.v_proj = Linear(shape.hidden_size, shape.kv_size, bias=shape.qkv_bias)
+        self.o_proj = Linear(shape.q_size, shape.hidden_size)
         self.qk_norm = shape.qk_norm
         if shape.qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps)
@@ -279,8 +280,15 @@ class Attention(nn.Module):
         Returns:
             The output `[B, T, hidden]` and the joined keys and values `[B, Hkv, P + T, D]`.
         """
+        y, present = self.mix(x, shared, past)
+        return self.o_proj(y), present
+
+    def mix(
+        self, x: Tensor, shared: LayerInputs, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `forward`, without the output projection: `[B, T, H * D]`, and the joined cache."""
         if isinstance(shared.keys, KeyCounts):
-            y, present = group_query_attention(
+            return group_query_attention(
                 self._group_query_inputs(x),
                 past,
                 shared.rotary,
@@ -288,7 +296,6 @@ class Attention(nn.Module):
                 heads=self.heads[0],
                 softcap=self.softcap,
             )
-            return self.o_proj(y), present
         q, k, v = self._project(x)
         q = torch.unflatten(q, -1, self.heads).transpose(1, 2)
         k = torch.unflatten(k, -1, self.kv_heads).transpose(1, 2)
@@ -297,7 +304,7 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *shared.rotary), apply_rotary(k, *shared.rotary)
         keys, values = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         y = attend(q, keys, values, shared.keys, self.form, self.softcap)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), (keys, values)
+        return y.transpose(1, 2).flatten(2), (keys, values)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q `[B, T, H * D]`, k and v `[B, T, Hkv * D]`, normalised but not rotated."""

@@ -17,6 +17,7 @@ from edgeattn.models.attention import (
     rotary_buffers,
 )
 from edgeattn.models.group_query import refuse_left_padding
+from edgeattn.models.linear import Linear
 from edgeattn.shape import LayerKind, ModelShape
 
 KVCache = tuple[tuple[Tensor, Tensor], ...]
@@ -46,14 +47,19 @@ class MLP(nn.Module):
         wide, narrow = shape.intermediate_size, shape.hidden_size
         self.fused = shape.fused
         if shape.fused:
-            self.gate_up_proj = nn.Linear(narrow, 2 * wide, bias=False)
+            self.gate_up_proj = Linear(narrow, 2 * wide)
         else:
-            self.gate_proj = nn.Linear(narrow, wide, bias=False)
-            self.up_proj = nn.Linear(narrow, wide, bias=False)
-        self.down_proj = nn.Linear(wide, narrow, bias=False)
+            self.gate_proj = Linear(narrow, wide)
+            self.up_proj = Linear(narrow, wide)
+        self.down_proj = Linear(wide, narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, hidden]` -> `[B, T, hidden]`."""
+        hidden: Tensor = self.down_proj(self.gated(x))
+        return hidden
+
+    def gated(self, x: Tensor) -> Tensor:
+        """As `forward`, without the down projection: `[B, T, intermediate]`."""
         if self.fused:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
@@ -62,8 +68,7 @@ class MLP(nn.Module):
             gate = nn.functional.silu(gate)
         else:
             gate = nn.functional.gelu(gate, approximate="tanh")
-        hidden: Tensor = self.down_proj(gate * up)
-        return hidden
+        return gate * up
 
 
 class DecoderLayer(nn.Module):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeattn.models.attention import OperatorForm
 from edgeattn.models.checkpoint import Checkpoint, check_finite
-from edgeattn.models.decoder import Decoder
+from edgeattn.models.decoder import Decoder, DecoderLayer
 from edgeattn.models.families import parameter_names
+from edgeattn.models.linear import Linear
+from edgeattn.quant.activation import AS_IT_IS, LinearInput
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import WeightFormat
 from edgeattn.shape import ModelShape
@@ -42,10 +44,12 @@ class Model:
     Attributes:
         shape: the architecture.
         weights: its parameters, lazily.
+        reads: how linear layers read their inputs, by the name of the weight; most as they are.
     """
 
     shape: ModelShape
     weights: ModelWeights
+    reads: Mapping[str, LinearInput] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,4 +113,28 @@ def load_decoder(
         if progress:
             progress(count, len(names))
     decoder.reset_rotary()
+    _set_reads(decoder, model, "")
     return decoder
+
+
+def load_layer(
+    model: Model, index: int, *, weight_dtype: torch.dtype, form: OperatorForm = "standard"
+) -> DecoderLayer:
+    """Builds one block in PyTorch with its weights, in `weight_dtype`; see `load_decoder`."""
+    with torch.device("meta"):
+        layer = DecoderLayer(model.shape, form)
+    layer = layer.to(weight_dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    prefix = f"layers.{index}."
+    parameters = dict(layer.named_parameters())
+    for name in parameter_names(model.shape):
+        if name.startswith(prefix):
+            value = rounded(name, model.weights.read(name), weight_dtype)
+            parameters[name.removeprefix(prefix)].copy_(value)
+    _set_reads(layer, model, prefix)
+    return layer
+
+
+def _set_reads(module: nn.Module, model: Model, prefix: str) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, Linear):
+            part.reads = model.reads.get(f"{prefix}{name}.weight", AS_IT_IS)

@@ -137,7 +137,8 @@ def weight_file_bytes(shape: ModelShape, lowering: Lowering) -> int:
 def _tensor_bytes(shape: ModelShape, lowering: Lowering) -> Iterator[int]:
     """Bytes of each stored tensor; those that are no matrices counted as vectors of hidden_size."""
     wide = DTYPE_BYTES[lowering.dtype]
-    matrices = [(n, k, lowering.scheme.linear) for n, k in shape.linears().values()]
+    format_of = lowering.scheme.format_of
+    matrices = [(n, k, format_of(name)) for name, (n, k) in shape.linears().items()]
     matrices *= shape.num_layers
     table = (shape.vocab_size, shape.hidden_size, lowering.scheme.embedding)
     matrices += [table] * (1 if shape.tied_embeddings else 2)

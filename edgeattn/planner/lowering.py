@@ -129,16 +129,7 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
     Raises:
         LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
     """
-    linear = lowering.scheme.linear
-    group = linear.group_size if linear else None
-    if group is not None:
-        for name, (_, inputs) in shape.linears().items():
-            if inputs % group:
-                raise LoweringError(
-                    expected=f"a group that divides the {inputs} inputs of {name}",
-                    came=f"scheme {lowering.scheme.label} uses groups of {group}",
-                    todo="choose --quant w8-rtn or another group",
-                )
+    _check_scheme(lowering.scheme, shape)
     if lowering.context is not None and lowering.context > shape.max_context:
         raise LoweringError(
             expected=f"a context of at most {shape.max_context} tokens, which the checkpoint knows",
@@ -147,6 +138,24 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
         )
     within = shape.within(lowering.context or shape.max_context)
     return _fit_attention(lowering, within, target.software.graph)
+
+
+def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
+    for name, (_, inputs) in shape.linears().items():
+        format = scheme.format_of(name)
+        if format is not None and format.group_size and inputs % format.group_size:
+            other = "down_proj=w8, " if name.endswith("down_proj") else ""
+            raise LoweringError(
+                expected=f"a group that divides the {inputs} inputs of {name}",
+                came=f"scheme {scheme.label} uses groups of {format.group_size}",
+                todo=f"choose {other}--quant w8-rtn or another group",
+            )
+    if scheme.rotation != "none" and shape.output_norms:
+        raise LoweringError(
+            expected="a model whose attention and MLP add to the residual stream unchanged",
+            came=f"family {shape.family} normalises what they give, which no rotation commutes with",
+            todo="choose a scheme without rotation, such as w4a16-gptq",
+        )
 
 
 def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> Lowering:

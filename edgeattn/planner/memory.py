@@ -13,9 +13,10 @@ DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of the weights file, page padding left out."""
-    wide = DTYPE_BYTES[lowering.dtype]
+    shape, wide = stored_shape(shape, lowering), DTYPE_BYTES[lowering.dtype]
     linear = sum(
-        matrix_bytes(n, k, lowering.scheme.linear, wide) for n, k in shape.linears().values()
+        matrix_bytes(n, k, lowering.scheme.format_of(name), wide)
+        for name, (n, k) in shape.linears().items()
     )
     tables = 1 if shape.tied_embeddings else 2
     table = matrix_bytes(shape.vocab_size, shape.hidden_size, lowering.scheme.embedding, wide)
@@ -26,8 +27,16 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
 
 
 def stored_shape(shape: ModelShape, lowering: Lowering) -> ModelShape:
-    """The shape of what the graph holds: projections are stacked for GroupQueryAttention."""
-    return replace(shape, fused=True) if lowering.attention == "group-query" else shape
+    """The shape of what the graph holds.
+
+    Projections are stacked for GroupQueryAttention, and the head of a rotated model is its own
+    matrix.
+    """
+    return replace(
+        shape,
+        fused=lowering.attention == "group-query",
+        tied_embeddings=shape.tied_embeddings and lowering.scheme.rotation == "none",
+    )
 
 
 def rotary_bytes(shape: ModelShape, lowering: Lowering) -> int:

@@ -94,11 +94,11 @@ def transform(x: Tensor, factors: HadamardFactors) -> Tensor:
         x: `[..., size]`; the result has its dtype.
         factors: of that size.
     """
-    left, right = factors.left.to(x), factors.right.to(x)
-    blocks = x.reshape(*x.shape[:-1], factors.blocks, len(left), len(right))
-    # Scaled between the products: fp16 neither overflows at their end nor loses small inputs.
-    halfway = (left @ blocks) / math.sqrt(len(left) * len(right))
-    return (halfway @ right.T).flatten(-3)
+    k, m = len(factors.left), len(factors.right)
+    # Scaled here and not at the end, where fp16 might have overflowed.
+    left = (factors.left / math.sqrt(k * m)).to(x)
+    blocks = x.reshape(*x.shape[:-1], factors.blocks, k, m)
+    return (left @ blocks @ factors.right.T.to(x)).flatten(-3)
 
 
 def rotation_matrix(n: int, *, seed: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -44,46 +45,104 @@ class Scheme:
     Attributes:
         name: as on the command line.
         linear: format of the block's linear layers; None keeps them in the target's dtype.
+        down_proj: format of the down projections, where it differs from `linear`.
         embedding: format of the embedding and the LM head.
         clip: "mse" chooses each scale by least error (`quant.affine`), "max" by the largest weight.
+        method: how integers are chosen: "rtn" rounds each weight to the nearest, "gptq" lets later
+            weights make up for the rounding of earlier ones (`quant.gptq`).
+        act_order: GPTQ rounds the columns of the largest inputs first.
+        rotation: of the residual stream and the value heads (`transforms.rotate`); "auto" keeps
+            the Hadamard rotation where it lowers the loss on the calibration text.
+        online: a Hadamard transform at run time before each down projection (R4).
+        activation_bits: 8 rounds the inputs of linear layers to int8 with one scale each, measured
+            on the calibration text; None keeps them in the target's dtype.
+        keep: largest share of linear layers that stay at the next higher precision (16-bit
+            activations, or int8 where weights are int4), chosen by measured sensitivity.
+        steps: of learning the rotations.
         options: the names a user may set with `--quant NAME:key=value`.
+        settings: those that were set, as key=value.
     """
 
     name: str
     linear: WeightFormat | None = None
+    down_proj: WeightFormat | None = None
     embedding: WeightFormat | None = None
     clip: Literal["mse", "max"] = "mse"
+    method: Literal["rtn", "gptq"] = "rtn"
+    act_order: bool = False
+    rotation: Literal["none", "hadamard", "learned", "auto"] = "none"
+    online: bool = False
+    activation_bits: Literal[8] | None = None
+    keep: float = 0.0
+    steps: int = 0
     options: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """The name with the options that differ from the registered scheme: "w4-rtn:group=32"."""
-        group = self.linear.group_size if self.linear else None
-        default = SCHEMES[self.name].linear
-        if group is None or default is None or group == default.group_size:
-            return self.name
-        return f"{self.name}:group={group}"
+        """The name with the options that were set: "w4-rtn:group=32"."""
+        return ":".join(filter(None, (self.name, ",".join(self.settings))))
 
     @property
     def weight_bits(self) -> frozenset[int]:
         """The integer widths the scheme stores."""
-        return frozenset(f.bits for f in (self.linear, self.embedding) if f is not None)
+        formats = (self.linear, self.down_proj, self.embedding)
+        return frozenset(f.bits for f in formats if f is not None)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a text must be run through the model to quantise it."""
+        return self.method == "gptq" or self.activation_bits is not None or self.keep > 0
+
+    def format_of(self, linear: str) -> WeightFormat | None:
+        """The format of a linear layer, by its name or its weight's, as far as it is the scheme's.
+
+        Which layers `keep` leaves at a higher precision depends on the model.
+        """
+        if self.down_proj is not None and linear.removesuffix(".weight").endswith("down_proj"):
+            return self.down_proj
+        return self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the manifest."""
         return {**asdict(self), "label": self.label}
 
 
+_INT4 = WeightFormat(bits=4, group_size=64)
+_W4 = Scheme("", linear=_INT4, embedding=INT8_PER_CHANNEL, options=("group", "down_proj"))
+_GPTQ = replace(_W4, method="gptq", options=("group", "down_proj", "order", "keep"))
+_SPINQUANT = replace(_GPTQ, rotation="hadamard", options=(*_GPTQ.options, "rotation"))
+_W8A8 = Scheme(
+    "",
+    linear=INT8_PER_CHANNEL,
+    embedding=INT8_PER_CHANNEL,
+    activation_bits=8,
+    keep=0.05,
+    options=("keep",),
+)
+
 SCHEMES: dict[str, Scheme] = {
     s.name: s
     for s in (
         Scheme("none"),
         Scheme("w8-rtn", linear=INT8_PER_CHANNEL, embedding=INT8_PER_CHANNEL),
-        Scheme(
-            "w4-rtn",
-            linear=WeightFormat(bits=4, group_size=64),
-            embedding=INT8_PER_CHANNEL,
-            options=("group",),
+        replace(_W4, name="w4-rtn"),
+        replace(_GPTQ, name="w4a16-gptq"),
+        replace(_SPINQUANT, name="w4a16-spinquant"),
+        replace(
+            _SPINQUANT,
+            name="w4a16-spinquant-learned",
+            rotation="learned",
+            steps=60,
+            options=(*_GPTQ.options, "steps"),
+        ),
+        replace(_W8A8, name="w8a8"),
+        replace(
+            _W8A8,
+            name="w8a8-spinquant",
+            rotation="hadamard",
+            online=True,
+            options=("keep", "rotation", "online"),
         ),
     )
 }
@@ -98,7 +157,7 @@ def parse_scheme(text: str) -> Scheme:
     name, _, rest = text.partition(":")
     if name not in SCHEMES:
         raise unknown_name("quantisation scheme", name, SCHEMES)
-    scheme = SCHEMES[name]
+    scheme, given = SCHEMES[name], {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         if key not in scheme.options:
@@ -108,16 +167,60 @@ def parse_scheme(text: str) -> Scheme:
                 came=f"'{key}' was given",
                 todo="leave it out or choose another scheme",
             )
-        scheme = _with_group(scheme, value)
-    return scheme
+        changed = _OPTIONS[key](scheme, value)
+        if changed != scheme:
+            given[key] = value
+        scheme = changed
+    settings = tuple(f"{key}={given[key]}" for key in scheme.options if key in given)
+    return replace(scheme, settings=settings)
 
 
 def _with_group(scheme: Scheme, value: str) -> Scheme:
     if not value.isascii() or not value.isdigit() or int(value) not in GROUP_SIZES:
-        raise UsageError(
-            expected=f"group={' or '.join(map(str, GROUP_SIZES))}",
-            came=f"group={value} was given",
-            todo="choose one of these",
-        )
+        raise _not_allowed("group", " or ".join(map(str, GROUP_SIZES)), value)
     assert scheme.linear is not None
     return replace(scheme, linear=replace(scheme.linear, group_size=int(value)))
+
+
+def _with_keep(scheme: Scheme, value: str) -> Scheme:
+    try:
+        share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise _not_allowed("keep", "a share from 0 to 1, as 0.05 or 5%", value)
+    return replace(scheme, keep=share)
+
+
+def _with_steps(scheme: Scheme, value: str) -> Scheme:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 100_000:
+        raise _not_allowed("steps", "a number from 1 to 100000", value)
+    return replace(scheme, steps=int(value))
+
+
+def _choice(key: str, field: str, values: Mapping[str, object]) -> Callable[[Scheme, str], Scheme]:
+    def choose(scheme: Scheme, value: str) -> Scheme:
+        if value not in values:
+            raise _not_allowed(key, " or ".join(values), value)
+        return replace(scheme, **{field: values[value]})  # type: ignore[arg-type]
+
+    return choose
+
+
+_OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
+    "group": _with_group,
+    "down_proj": _choice("down_proj", "down_proj", {"w4": None, "w8": INT8_PER_CHANNEL}),
+    "order": _choice("order", "act_order", {"act": True, "natural": False}),
+    "rotation": _choice("rotation", "rotation", {n: n for n in ("hadamard", "auto", "none")}),
+    "online": _choice("online", "online", {"on": True, "off": False}),
+    "keep": _with_keep,
+    "steps": _with_steps,
+}
+
+
+def _not_allowed(key: str, allowed: str, value: str) -> UsageError:
+    return UsageError(
+        expected=f"{key}={allowed}",
+        came=f"{key}={value} was given",
+        todo="choose one of these",
+    )

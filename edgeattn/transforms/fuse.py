@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.models.model import Model, ModelWeights
+from edgeattn.quant.activation import AS_IT_IS
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import WeightFormat
 
@@ -26,15 +27,24 @@ def fuse_projections(model: Model) -> Model:
     """The model with stacked projections; as it is where parts are stored in different formats."""
     if not _alike(model):
         return model
-    return Model(replace(model.shape, fused=True), _FusedWeights(model.weights))
+    reads = {}
+    for name, read in model.reads.items():
+        for fused, (first, *_) in FUSED.items():
+            name = name.replace(first, fused)
+        reads[name] = read
+    return Model(replace(model.shape, fused=True), _FusedWeights(model.weights), reads)
 
 
 def _alike(model: Model) -> bool:
-    return all(
-        len({model.weights.format(f"layers.{layer}.{part}.weight") for part in parts}) == 1
-        for layer in range(model.shape.num_layers)
-        for parts in FUSED.values()
-    )
+    """Whether the parts of each stack are stored alike and read their input alike."""
+    for layer in range(model.shape.num_layers):
+        for parts in FUSED.values():
+            names = [f"layers.{layer}.{part}.weight" for part in parts]
+            formats = {model.weights.format(name) for name in names}
+            scales = {model.reads.get(name, AS_IT_IS).scale for name in names}
+            if len(formats) > 1 or len(scales) > 1:
+                return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from edgeattn.models.attention import OperatorForm, RMSNorm, inverse_frequencies, layer_inputs
 from edgeattn.models.decoder import DecoderLayer, embed, soften
-from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
-from edgeattn.models.model import TORCH_DTYPES, Model, rounded
+from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
+from edgeattn.models.model import TORCH_DTYPES, Model, load_layer, rounded
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
 from edgeattn.verify.drive import Tensors
@@ -84,7 +84,6 @@ class _Walk:
         group_query = lowering.attention == "group-query"
         self.form: OperatorForm = "standard" if group_query else lowering.attention
         self.inv_freq = [inverse_frequencies(rope) for rope in model.shape.ropes]
-        self.names = parameter_names(model.shape)
 
     def embed(self, dtype: torch.dtype) -> _Run:
         table = self._weight(EMBEDDING)
@@ -100,14 +99,7 @@ class _Walk:
         return run
 
     def layer(self, index: int, runs: Sequence[_Run]) -> None:
-        prefix = f"layers.{index}."
-        with torch.device("meta"):
-            module = DecoderLayer(self.shape, self.form)
-        module = module.to(self.weight_dtype).to_empty(device="cpu").eval()
-        parameters = dict(module.named_parameters())
-        for name in self.names:
-            if name.startswith(prefix):
-                parameters[name.removeprefix(prefix)].copy_(self._weight(name))
+        module = load_layer(self.model, index, weight_dtype=self.weight_dtype, form=self.form)
         # From wide to narrow: the weights are numbers of the narrow dtype, so nothing is rounded.
         for run in runs:
             module.to(run.dtype)

@@ -1,0 +1,139 @@
+"""Quantised layers on disk, written as they are finished, so that stopped work goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgeattn.errors import UsageError
+from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.scheme import WeightFormat
+
+_KEY = "made-from.json"
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer as it was quantised.
+
+    Attributes:
+        weight: integers and scales.
+        input_scale: of static int8 activations; None where the input stays floating point.
+    """
+
+    weight: QuantizedTensor
+    input_scale: float | None = None
+
+
+class LayerStore:
+    """A folder with one safetensors file per finished layer.
+
+    Args:
+        folder: made where it does not exist.
+        made_from: JSON-ready values that say what the layers depend on: checkpoint, scheme, text.
+
+    Raises:
+        UsageError: the folder holds layers made from something else.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        key = folder / _KEY
+        text = json.dumps(made_from, sort_keys=True, indent=1)
+        if not key.exists():
+            _write_atomically(key, text)
+        elif key.read_text("utf-8") != text:
+            raise UsageError(
+                expected=f"the unfinished work in {folder} to be of this command",
+                came="it was started with another model, recipe or calibration text",
+                todo="delete the folder, or run the command it was started with again",
+            )
+
+    def has(self, layer: int) -> bool:
+        """Whether a layer is finished."""
+        return self._file(layer).exists()
+
+    def write(self, layer: int, linears: Mapping[str, StoredLinear]) -> None:
+        """Stores a finished layer; the file appears whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {}
+        for name, linear in linears.items():
+            tensors[f"{name}.qdata"] = linear.weight.qdata.contiguous()
+            tensors[f"{name}.scale"] = linear.weight.scale.contiguous()
+            about[name] = {
+                "bits": linear.weight.format.bits,
+                "group_size": linear.weight.format.group_size,
+                "input_scale": linear.input_scale,
+            }
+        file = self._file(layer)
+        partial = file.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"linears": json.dumps(about)})
+        partial.replace(file)
+
+    def read(self, layer: int) -> dict[str, StoredLinear]:
+        """All linear layers of a finished layer."""
+        return {name: self._read(layer, name) for name in self._about(layer)}
+
+    def weight(self, parameter: str) -> QuantizedTensor | None:
+        """A quantised weight by the parameter's name; None where it is none of a linear layer."""
+        place = _place(parameter)
+        if place is None or place[1] not in self._about(place[0]):
+            return None
+        return self._read(*place).weight
+
+    def format(self, parameter: str) -> WeightFormat | None:
+        """The format of `weight`."""
+        place = _place(parameter)
+        if place is None:
+            return None
+        about = self._about(place[0]).get(place[1])
+        return None if about is None else WeightFormat(about["bits"], about["group_size"])
+
+    def input_scales(self, layer: int) -> dict[str, float]:
+        """Scales of static int8 activations by linear layer."""
+        scales = {name: about["input_scale"] for name, about in self._about(layer).items()}
+        return {name: scale for name, scale in scales.items() if scale is not None}
+
+    def _read(self, layer: int, name: str) -> StoredLinear:
+        about = self._about(layer)[name]
+        with safe_open(self._file(layer), "pt") as file:
+            qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
+        format = WeightFormat(about["bits"], about["group_size"])
+        return StoredLinear(QuantizedTensor(qdata, scale, format), about["input_scale"])
+
+    def _about(self, layer: int) -> dict[str, Any]:
+        try:
+            with safe_open(self._file(layer), "pt") as file:
+                found: dict[str, Any] = json.loads((file.metadata() or {})["linears"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UsageError(
+                expected=f"finished layers in {self._folder}",
+                came=f"{self._file(layer).name} does not read ({error})",
+                todo="delete the folder and start again",
+            ) from error
+        return found
+
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer:04d}.safetensors"
+
+
+def _place(parameter: str) -> tuple[int, str] | None:
+    """Layer and linear layer of a weight's name."""
+    if not parameter.endswith("_proj.weight"):
+        return None
+    _, layer, name = parameter.removesuffix(".weight").split(".", 2)
+    return int(layer), name
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)

@@ -1,0 +1,106 @@
+"""A model run over windows of text one layer at a time: memory of one layer, whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from edgeattn.models.attention import LayerInputs, RMSNorm, inverse_frequencies, layer_inputs
+from edgeattn.models.decoder import DecoderLayer, embed, soften
+from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
+from edgeattn.models.model import Model, load_layer, rounded
+from edgeattn.shape import LayerKind, ModelShape
+
+# Windows that pass through a layer at once.
+BATCH = 4
+
+
+def embed_windows(model: Model, windows: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The residual stream before layer 0, `[N, L, hidden]`, of token ids `[N, L]`."""
+    table = rounded(EMBEDDING, model.weights.read(EMBEDDING), dtype)
+    return embed(table[windows], model.shape)
+
+
+def window_inputs(
+    shape: ModelShape, length: int, *, dtype: torch.dtype = torch.float32
+) -> dict[LayerKind, LayerInputs]:
+    """What layers share for windows of `length` tokens without padding; broadcasts over rows."""
+    ones = torch.ones(1, length, dtype=torch.int64)
+    positions = torch.arange(length).unsqueeze(0)
+    frequencies = [inverse_frequencies(rope) for rope in shape.ropes]
+    return layer_inputs(shape, frequencies, ones, positions, dtype=dtype)
+
+
+def no_past(shape: ModelShape, rows: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An empty cache of one layer."""
+    empty = torch.zeros(rows, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype)
+    return empty, empty
+
+
+@torch.inference_mode()
+def final_hidden(
+    model: Model, windows: Tensor, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """The residual stream behind the last layer, `[N, L, hidden]` fp32.
+
+    Args:
+        model: any.
+        windows: token ids `[N, L]`.
+        progress: called with (layers done, all layers).
+    """
+    hidden = embed_windows(model, windows)
+    shared = window_inputs(model.shape, windows.shape[1])
+    for index in range(model.shape.num_layers):
+        layer = load_layer(model, index, weight_dtype=torch.float32)
+        run_layer(layer, hidden, shared[model.shape.layer_kind(index)], model.shape)
+        if progress:
+            progress(index + 1, model.shape.num_layers)
+    return hidden
+
+
+def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs, shape: ModelShape) -> None:
+    """Passes `hidden` `[N, L, hidden]` through one layer, in place."""
+    for rows in hidden.split(BATCH):
+        past = no_past(shape, len(rows), dtype=rows.dtype)
+        rows.copy_(layer(rows, shared, past)[0])
+
+
+class Head:
+    """The final norm and the LM head.
+
+    Args:
+        model: any.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._shape = model.shape
+        self._norm = RMSNorm(model.shape.hidden_size, model.shape.norm_eps).requires_grad_(False)
+        self._norm.weight.copy_(rounded(FINAL_NORM, model.weights.read(FINAL_NORM), torch.float32))
+        name = EMBEDDING if model.shape.tied_embeddings else LM_HEAD
+        self._matrix = rounded(name, model.weights.read(name), torch.float32)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., hidden]` -> `[..., vocab]` fp32."""
+        return soften(self._norm(hidden) @ self._matrix.T, self._shape)
+
+    @torch.inference_mode()
+    def losses(self, hidden: Tensor, windows: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of each window, `[N]`, in nats.
+
+        Args:
+            hidden: `[N, L, hidden]`, from `final_hidden`.
+            windows: token ids `[N, L]`.
+        """
+        found = []
+        for rows, ids in zip(hidden, windows, strict=True):
+            logits = self.logits(rows[:-1])
+            found.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
+        return torch.stack(found)
+
+
+def batches(hidden: Tensor) -> Iterator[Tensor]:
+    """`hidden` `[N, L, …]` a few windows at a time, as views."""
+    yield from hidden.split(BATCH)

@@ -1,0 +1,251 @@
+"""`export`: a checkpoint in, a proven bundle out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.bundle import bundle as layout
+from edgeattn.bundle.writer import BundleWriter, open_writer
+from edgeattn.devices.registry import Target, parse_target
+from edgeattn.errors import BundleError
+from edgeattn.pipeline.clock import Clock, Progress, rare_collections
+from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
+from edgeattn.pipeline.transform import (
+    proof_tokens,
+    require_calibration,
+    require_export_extra,
+    transform,
+)
+from edgeattn.planner.estimate import Estimate, estimate
+from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
+from edgeattn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgeattn.exporters.export import GraphReport
+    from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.hub import Outline
+    from edgeattn.verify.verify import Verification
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` did.
+
+    Attributes:
+        path: the bundle.
+        lowering: what was decided.
+        graph: nodes and bytes written.
+        verification: the proof, None with `verify=False`.
+        transforms: what each transform reports, JSON-ready.
+        seconds: wall time by stage.
+    """
+
+    path: Path
+    lowering: Lowering
+    graph: GraphReport
+    verification: Verification | None
+    transforms: Mapping[str, Any]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "bundle": str(self.path),
+            "lowering": self.lowering.to_dict(),
+            "nodes": self.graph.nodes,
+            "weight_bytes": self.graph.weight_bytes,
+            "transforms": dict(self.transforms),
+            "verification": self.verification.to_dict() if self.verification else None,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What `export` would do.
+
+    Attributes:
+        lowering: what was decided.
+        estimate: sizes, and seconds by stage.
+        free_bytes: of the disk that would hold the bundle.
+    """
+
+    lowering: Lowering
+    estimate: Estimate
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk can hold the bundle."""
+        return self.estimate.disk_bytes <= self.free_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "lowering": self.lowering.to_dict(),
+            **self.estimate.to_dict(),
+            "free_bytes": self.free_bytes,
+        }
+
+
+def default_output(model: str | Path, recipe: Recipe) -> Path:
+    """`./<model>-<target>-<quant>`, and what else differs from the defaults."""
+    from edgeattn.models.hub import model_name
+
+    target = parse_target(recipe.target)
+    parts = [model_name(model), target.device.name]
+    if target.software.name != target.device.software.default:
+        parts.append(target.software.name)
+    parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
+    parts += [recipe.dtype] if recipe.dtype else []
+    return Path("-".join(parts))
+
+
+def plan_export(
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    offline: bool = False,
+    verify: bool = True,
+) -> ExportPlan:
+    """What `export` with the same arguments would do; writes nothing and needs no torch.
+
+    Raises:
+        EdgeattnError: a refusal. A disk that is too small is none: see `ExportPlan.fits`.
+    """
+    from edgeattn.models.hub import read_outline
+
+    target = parse_target(recipe.target)
+    lowering = plan_lowering(recipe, target)
+    require_calibration(recipe)
+    return _plan(lowering, read_outline(model, offline=offline), target, output, verify)
+
+
+def export(
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    offline: bool = False,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Exports a checkpoint to a proven bundle; the bundle appears whole or not at all.
+
+    Args:
+        model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
+        recipe: what is asked for.
+        output: where the bundle shall appear.
+        offline: take a hub id from the cache alone.
+        verify: prove the bundle before it appears; False is written into the manifest.
+        force: replace a bundle at `output`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
+    """
+    from edgeattn.models.hub import Outline, find_hub_id, open_model, read_outline
+
+    target = parse_target(recipe.target)
+    lowering = plan_lowering(recipe, target)
+    require_calibration(recipe)
+    require_export_extra()
+    clock = Clock(progress)
+    with rare_collections(), open_writer(output, force=force) as writer:
+        clock.start("reading the checkpoint")
+        if find_hub_id(model):  # what cannot be exported is refused before it is downloaded
+            outline = read_outline(model, offline=offline)
+            _check_disk(_plan(lowering, outline, target, output, verify), output)
+        checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
+        plan = _plan(lowering, Outline.of(checkpoint), target, output, verify)
+        _check_disk(plan, output)
+        return _export(checkpoint, recipe, target, plan.lowering, writer, output, verify, clock)
+
+
+def _plan(
+    lowering: Lowering, outline: Outline, target: Target, output: Path, verify: bool
+) -> ExportPlan:
+    from edgeattn.engine.tensorrt_rtx import is_available
+
+    lowering = fit_lowering(lowering, outline.shape, target)
+    expected = estimate(
+        outline.shape,
+        lowering,
+        text_bytes=outline.text_bytes,
+        verify=verify,
+        tensorrt=is_available(),
+    )
+    place = Path(os.path.abspath(output))
+    while not place.exists():
+        place = place.parent
+    return ExportPlan(lowering, expected, shutil.disk_usage(place).free)
+
+
+def _check_disk(plan: ExportPlan, output: Path) -> None:
+    if not plan.fits:
+        raise BundleError(
+            expected=f"{plan.estimate.disk_bytes / 1e6:,.1f} MB of free disk for {output}",
+            came=f"{plan.free_bytes / 1e6:,.1f} MB are free",
+            todo="free some space or choose another folder with -o",
+        )
+
+
+def _export(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target: Target,
+    lowering: Lowering,
+    writer: BundleWriter,
+    output: Path,
+    verify: bool,
+    clock: Clock,
+) -> ExportReport:
+    from edgeattn.exporters.export import export_graph
+    from edgeattn.verify.verify import prove
+
+    tokens = proof_tokens(checkpoint)
+    transformed = transform(checkpoint, recipe, lowering, work_folder(output), clock)
+    model = transformed.model
+    clock.start("writing the graph")
+    graph = export_graph(
+        model,
+        lowering,
+        writer.path / layout.MODEL,
+        writer.path / layout.WEIGHTS,
+        progress=clock.count,
+    )
+    writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
+    write_text_files(writer, checkpoint, lowering)
+    verification = None
+    if verify:
+        clock.start("proving the bundle")
+        verification = prove(
+            model,
+            lowering,
+            writer.path / layout.MODEL,
+            writer.path / layout.GOLDEN,
+            tokens=tokens,
+            progress=clock.progress,
+        )
+    clock.stop()
+    notes = transformed.notes
+    report = ExportReport(output, lowering, graph, verification, notes, clock.seconds)
+    write_report(writer, checkpoint, recipe, report)
+    shape = replace(checkpoint.shape, tied_embeddings=model.shape.tied_embeddings)
+    write_manifest(writer, checkpoint, recipe, target, report, shape)
+    writer.commit()
+    shutil.rmtree(work_folder(output), ignore_errors=True)
+    return report
+
+
+def work_folder(output: Path) -> Path:
+    """Where finished layers wait for the rest, beside the bundle; gone once that appears."""
+    place = Path(os.path.abspath(output))
+    return place.with_name(f".{place.name}.layers")

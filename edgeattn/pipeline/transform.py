@@ -1,0 +1,182 @@
+"""Checkpoint -> Model: the transforms of a recipe in their order."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.bundle import bundle as layout
+from edgeattn.errors import MissingDependencyError, UsageError
+from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.lowering import Lowering
+from edgeattn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.model import Model
+
+CALIBRATION_LENGTH = 512
+# Tokens on which a rotated model is compared with the original one.
+_EQUIVALENCE_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A model as the bundle shall hold it.
+
+    Attributes:
+        model: transformed and quantised.
+        notes: what each transform reports, JSON-ready, by name.
+    """
+
+    model: Model
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def require_calibration(recipe: Recipe) -> None:
+    """Refuses a scheme that needs a text where none was given, before any work.
+
+    Raises:
+        UsageError: saying what to pass.
+    """
+    if recipe.scheme.needs_calibration and recipe.calibration is None:
+        raise UsageError(
+            expected=f"a text that scheme {recipe.scheme.name} can be calibrated on",
+            came="none was given",
+            todo="pass --calibration FILE, plain text of the kind the model will read "
+            f"({recipe.calibration_windows} windows of {CALIBRATION_LENGTH} tokens)",
+        )
+
+
+def transform(
+    checkpoint: Checkpoint, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
+) -> Transformed:
+    """Applies the transforms of `recipe`.
+
+    Args:
+        checkpoint: where the weights are.
+        recipe: calibration text and rotations, where the scheme uses them.
+        lowering: scheme, dtype and spelling of attention.
+        work: folder for finished layers of a scheme that needs calibration, an earlier run's
+            among them.
+        clock: for the stages that take long.
+
+    Raises:
+        EdgeattnError: a text or a rotation that does not fit, or weights that cannot be quantised.
+    """
+    from edgeattn.models.model import TORCH_DTYPES, model_of
+    from edgeattn.transforms.fuse import fuse_projections
+    from edgeattn.transforms.quantize import quantize
+
+    model, notes = model_of(checkpoint), {}
+    context = lowering.context or checkpoint.shape.max_context
+    model = replace(model, shape=model.shape.within(context))
+    scheme, scale_dtype = lowering.scheme, TORCH_DTYPES[lowering.dtype]
+    if scheme.needs_calibration or scheme.rotation != "none":
+        model, notes = _on_text(checkpoint, model, recipe, lowering, work, clock)
+    else:
+        model = quantize(model, scheme, scale_dtype=scale_dtype)
+    if lowering.attention == "group-query":
+        model = fuse_projections(model)
+    return Transformed(model, notes)
+
+
+def _on_text(
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    lowering: Lowering,
+    work: Path,
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.calibration.store import LayerStore
+    from edgeattn.models.model import TORCH_DTYPES
+    from edgeattn.transforms.calibrate import quantize_on_text
+
+    windows, about = calibration_windows(checkpoint, recipe)
+    notes: dict[str, Any] = {"calibration": about, **_source_notes(checkpoint)}
+    scheme = lowering.scheme
+    if scheme.rotation != "none":
+        clock.start("rotating")
+        model, notes["rotation"] = _rotated(model, scheme.online, windows)
+    clock.start("quantising layer by layer")
+    made_from = {
+        "checkpoint": checkpoint.identity["fingerprint"],
+        "scheme": scheme.label,
+        "dtype": lowering.dtype,
+        **about,
+    }
+    store = LayerStore(work, made_from)
+    scale_dtype = TORCH_DTYPES[lowering.dtype]
+    model = quantize_on_text(
+        model, scheme, windows, store, scale_dtype=scale_dtype, progress=clock.count
+    )
+    return model, notes
+
+
+def _rotated(model: Model, online: bool, windows: Tensor) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.transforms.rotate import check_equivalence, hadamard_rotations, rotate
+
+    rotations = hadamard_rotations(model.shape, online=online)
+    rotated = rotate(model, rotations)
+    equivalence = check_equivalence(model, rotated, rotations, windows[:1, :_EQUIVALENCE_LENGTH])
+    return rotated, equivalence.to_dict()
+
+
+def _source_notes(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {}
+
+
+def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:
+    """The token windows of the recipe's calibration text, and what to note of it.
+
+    Raises:
+        UsageError: there is no text, or it is not readable.
+        CheckpointError: the checkpoint has no tokenizer.
+    """
+    from edgeattn.calibration.windows import read_text, text_sha256, token_windows
+
+    require_calibration(recipe)
+    assert recipe.calibration is not None
+    text = read_text(Path(recipe.calibration))
+    windows = token_windows(
+        text,
+        checkpoint.text.get(layout.TOKENIZER),
+        windows=recipe.calibration_windows,
+        length=min(CALIBRATION_LENGTH, checkpoint.shape.max_context),
+        vocab_size=checkpoint.shape.vocab_size,
+    )
+    return windows, {
+        "text": Path(recipe.calibration).name,
+        "text_sha256": text_sha256(text),
+        "windows": windows.shape[0],
+        "length": windows.shape[1],
+    }
+
+
+def proof_tokens(checkpoint: Checkpoint) -> list[int] | None:
+    """Ids of the text the proof runs, None without a tokenizer."""
+    from edgeattn.verify.cases import text_tokens
+
+    return text_tokens(checkpoint.text.get(layout.TOKENIZER), checkpoint.shape.vocab_size)
+
+
+def require_export_extra() -> None:
+    """Refuses to start without the packages of `edgeattn[export,ort]`.
+
+    Raises:
+        MissingDependencyError: naming what is missing.
+    """
+    modules = ("torch", "onnx_ir", "onnxscript", "onnxruntime")
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingDependencyError(
+            expected="the packages that export needs",
+            came=f"{', '.join(missing)} cannot be imported",
+            todo="pip install 'edgeattn[export,ort]'",
+        )

@@ -1,0 +1,46 @@
+"""What happens to the input of a linear layer before the product: a rotation, rounding to int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeattn.quant.hadamard import HadamardFactors, transform
+
+INT8_LOW, INT8_HIGH = -128, 127
+
+
+@dataclass(frozen=True, eq=False)
+class LinearInput:
+    """How a linear layer reads its input; by default as it is.
+
+    Attributes:
+        rotation: the online rotation R4 (SpinQuant), first; the weights hold its inverse.
+        scale: of static int8 activations, one for the whole tensor; None keeps floating point.
+    """
+
+    rotation: HadamardFactors | None = None
+    scale: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., K]`, the numbers the product sees (QDQ of ONNX when rounded)."""
+        if self.rotation is not None:
+            x = transform(x, self.rotation)
+        return x if self.scale is None else round_to_int8(x, self.scale)
+
+
+AS_IT_IS = LinearInput()
+
+
+def round_to_int8(x: Tensor, scale: float) -> Tensor:
+    """DequantizeLinear(QuantizeLinear(x, scale)) of ONNX with int8 and zero point 0."""
+    return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH).mul_(scale)
+
+
+def absolute_quantile(x: Tensor, share: float) -> float:
+    """The smallest bound that `share` of the elements of `x` do not exceed in magnitude."""
+    flat = x.abs().reshape(-1)
+    rank = max(1, min(flat.numel(), round(share * flat.numel())))
+    return float(torch.kthvalue(flat, rank).values)

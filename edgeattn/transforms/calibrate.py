@@ -1,0 +1,166 @@
+"""Quantises a model on a text, one layer after the other: GPTQ weights, scales of activations.
+
+Each layer sees what the quantised layers before it give. A finished layer is written to a folder
+at once, so that work that was stopped goes on where it was, and memory stays about one layer plus
+the residual stream of the calibration windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edgeattn.calibration.store import LayerStore, StoredLinear
+from edgeattn.calibration.walk import STAGES, LayerWalk
+from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.families import EMBEDDING, LM_HEAD
+from edgeattn.models.linear import Linear
+from edgeattn.models.model import Model, ModelWeights, load_layer
+from edgeattn.models.stream import embed_windows, run_layer, window_inputs
+from edgeattn.quant.activation import LinearInput, absolute_quantile
+from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
+from edgeattn.quant.gptq import Hessian, gptq
+from edgeattn.quant.scheme import Scheme, WeightFormat
+
+Progress = Callable[[int, int], None]
+
+
+@torch.inference_mode()
+def quantize_on_text(
+    model: Model,
+    scheme: Scheme,
+    windows: Tensor,
+    store: LayerStore,
+    *,
+    scale_dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> Model:
+    """The model with linear layers quantised on `windows`; tables round to nearest.
+
+    Args:
+        model: rotated or not, in floating point.
+        scheme: what to do.
+        windows: token ids `[N, L]`.
+        store: finished layers, those of an earlier run among them.
+        scale_dtype: dtype of weight scales, the one the graph computes in.
+        progress: called with (layers done, all layers).
+    """
+    shape = model.shape
+    hidden = embed_windows(model, windows)
+    shared = window_inputs(shape, windows.shape[1])
+    for index in range(shape.num_layers):
+        layer = load_layer(model, index, weight_dtype=torch.float32)
+        kind = shared[shape.layer_kind(index)]
+        if store.has(index):
+            for name, stored in store.read(index).items():
+                _apply(layer, name, stored)
+            run_layer(layer, hidden, kind, shape)
+        else:
+            walk = LayerWalk(layer, hidden, kind, shape)
+            store.write(index, _quantize_layer(layer, walk, scheme, scale_dtype))
+        if progress:
+            progress(index + 1, shape.num_layers)
+    return stored_model(model, scheme, store, scale_dtype=scale_dtype)
+
+
+def _quantize_layer(
+    layer: DecoderLayer, walk: LayerWalk, scheme: Scheme, scale_dtype: torch.dtype
+) -> dict[str, StoredLinear]:
+    found = {}
+    for number, names in enumerate(STAGES):
+        reads = linear_of(layer, names[0]).reads
+        statistics = _Statistics(scheme, linear_of(layer, names[0]).in_features)
+        for inputs in walk.inputs(number):
+            statistics.add(reads(inputs))
+        for name in names:
+            weight = linear_of(layer, name).weight
+            found[name] = StoredLinear(
+                statistics.quantize(name, weight, scale_dtype), statistics.input_scale()
+            )
+            _apply(layer, name, found[name])
+    walk.finish()
+    return found
+
+
+class _Statistics:
+    """What the inputs of one stage are like."""
+
+    def __init__(self, scheme: Scheme, width: int) -> None:
+        self._scheme = scheme
+        self._hessian = Hessian(width) if scheme.method == "gptq" else None
+        self._bounds: list[float] = []
+
+    def add(self, inputs: Tensor) -> None:
+        if self._hessian is not None:
+            self._hessian.add(inputs)
+        if self._scheme.activation_bits is not None:
+            self._bounds.append(absolute_quantile(inputs, 1.0))
+
+    def quantize(self, name: str, weight: Tensor, scale_dtype: torch.dtype) -> QuantizedTensor:
+        format, clip = self._scheme.format_of(name), self._scheme.clip
+        assert format is not None
+        if self._hessian is None or format.bits == 8:
+            return quantize_symmetric(weight, format, clip=clip, scale_dtype=scale_dtype)
+        return gptq(
+            weight,
+            self._hessian.matrix,
+            format,
+            clip=clip,
+            scale_dtype=scale_dtype,
+            act_order=self._scheme.act_order,
+        )
+
+    def input_scale(self) -> float | None:
+        return max(self._bounds) / 127 if self._bounds else None
+
+
+def linear_of(layer: DecoderLayer, name: str) -> Linear:
+    """A linear layer of a block by its name."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, Linear)
+    return linear
+
+
+def _apply(layer: DecoderLayer, name: str, stored: StoredLinear) -> None:
+    """Lets a layer compute with what was stored."""
+    linear = linear_of(layer, name)
+    linear.weight.copy_(stored.weight.dequantize())
+    linear.reads = replace(linear.reads, scale=stored.input_scale)
+
+
+def stored_model(
+    model: Model, scheme: Scheme, store: LayerStore, *, scale_dtype: torch.dtype
+) -> Model:
+    """The model whose linear layers are read from a complete store."""
+    reads: dict[str, LinearInput] = dict(model.reads)
+    for index in range(model.shape.num_layers):
+        for name, scale in store.input_scales(index).items():
+            key = f"layers.{index}.{name}.weight"
+            reads[key] = replace(reads.get(key, LinearInput()), scale=scale)
+    weights = _StoredWeights(model.weights, scheme, store, scale_dtype)
+    return replace(model, weights=weights, reads=reads)
+
+
+@dataclass(frozen=True)
+class _StoredWeights:
+    source: ModelWeights
+    scheme: Scheme
+    store: LayerStore
+    scale_dtype: torch.dtype
+
+    def format(self, name: str) -> WeightFormat | None:
+        if name in (EMBEDDING, LM_HEAD):
+            return self.scheme.embedding
+        return self.store.format(name)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        if name in (EMBEDDING, LM_HEAD) and self.scheme.embedding is not None:
+            value = self.source.read(name)
+            assert isinstance(value, Tensor)
+            return quantize_symmetric(
+                value, self.scheme.embedding, clip=self.scheme.clip, scale_dtype=self.scale_dtype
+            )
+        return self.store.weight(name) or self.source.read(name)
