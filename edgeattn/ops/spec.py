@@ -1,0 +1,329 @@
+"""What an operator is, as one frozen value: everything else is derived from it or checked by it.
+
+Importing this, or any operator's SPEC, loads no torch and no onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from edgeattn.errors import RuntimeInputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "edgeattn"
+OP_VERSION = 1
+
+# By these TensorRT's parser finds the plugin of a node; every node of every operator carries them.
+PLUGIN_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
+    {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
+)
+
+# In a symbolic shape, and only at its front: any number of dimensions.
+LEADING = "..."
+
+FLOATS = ("fp32", "fp16", "bf16")
+DTYPES = (*FLOATS, "int32", "int8", "bool")
+
+# A number, a name, or a framework's symbolic dimension.
+Dim: TypeAlias = Any
+Shape: TypeAlias = tuple[Dim, ...]
+AttributeType = Literal["int", "float", "string"]
+ShapeRule: TypeAlias = Callable[[Sequence[Shape], Mapping[str, Any]], tuple[Shape, ...]]
+
+_PYTHON_TYPES = {"int": int, "float": float, "string": str}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: unique within the operator.
+        shape: symbols and fixed sizes, ("B", "T", "N"); `LEADING` may stand first.
+        dtypes: allowed ones, of `DTYPES`.
+        variable: tensors of one type variable have the same dtype in a node, and list the same.
+        updates: of an output, the input whose next value it is (a state); a runtime may keep both
+            in one buffer.
+    """
+
+    name: str
+    shape: tuple[str | int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    variable: str = "T"
+    updates: str | None = None
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """One attribute of the node.
+
+    Attributes:
+        name: unique within the operator.
+        type: as ONNX names it.
+        default: of a node without it; None if every node must have it.
+    """
+
+    name: str
+    type: AttributeType
+    default: int | float | str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One awkward use of the operator, for the tests of all its implementations.
+
+    Attributes:
+        name: unique within the operator, and readable in a test's name.
+        dims: of every symbol in the shapes of the inputs; `LEADING` has a tuple.
+        dtype: of the type variable "T".
+        attributes: those that differ from the defaults.
+    """
+
+    name: str
+    dims: Mapping[str, int | tuple[int, ...]]
+    dtype: str = "fp32"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How inexact an implementation may be, as in `verify.tolerance`.
+
+    Its error against the reference in fp32, relative to the reference's root mean square, is at
+    most twice that of the reference's formula computed in the low dtype, plus `floor`.
+
+    Attributes:
+        floor: what the plain computation may get exactly right by luck.
+        reason: why this number.
+    """
+
+    floor: float
+    reason: str
+
+
+STANDARD_TOLERANCE: Mapping[str, Tolerance] = MappingProxyType(
+    {
+        "fp32": Tolerance(1e-5, "sums of a few thousand terms, in another order"),
+        "fp16": Tolerance(2e-3, "two roundings of 2^-10 where plain torch may round once"),
+        "bf16": Tolerance(1.6e-2, "two roundings of 2^-7 where plain torch may round once"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The dossier of one operator of domain `DOMAIN`, version `OP_VERSION`.
+
+    Attributes:
+        name: in ONNX and TensorRT, whose parser minds no domain: no built-in may be called so.
+        inputs: all mandatory; what is not used is given as a neutral tensor.
+        outputs: all present.
+        attributes: besides `PLUGIN_ATTRIBUTES`.
+        infer_shapes: (shapes of the inputs, all attributes) -> shapes of the outputs. Takes
+            symbolic dimensions; raises RuntimeInputError for shapes that do not fit.
+        reference: (*inputs, **attributes) -> output or tuple of outputs, in readable torch. It
+            computes in fp32 and is what the operator means.
+        function_body: opset of the model -> the operator in standard ONNX operators.
+        triton: "module:function" of the kernel, called like `reference`; None without one.
+        plugin: whether `plugins/` holds a TensorRT plugin.
+        cases: for tests.
+        tolerance: by dtype, one for every floating dtype of the first output.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    infer_shapes: ShapeRule
+    reference: Callable[..., Any]
+    function_body: Callable[[int], ir.Function]
+    cases: tuple[Case, ...]
+    tolerance: Mapping[str, Tolerance]
+    attributes: tuple[AttributeSpec, ...] = ()
+    triton: str | None = None
+    plugin: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a dossier that contradicts itself.
+
+        Raises:
+            ValueError: naming the operator and the first contradiction.
+        """
+        for problem in _problems(self):
+            raise ValueError(f"operator {self.name}: {problem}")
+
+    def complete_attributes(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All attributes in the order of the dossier, defaults where none is given.
+
+        Raises:
+            RuntimeInputError: one is unknown, missing or of another type.
+        """
+        known = {a.name: a for a in self.attributes}
+        for name in given:
+            if name not in known:
+                raise self._refused(f"attributes among {sorted(known)}", f"'{name}' was given")
+        complete = {a.name: given.get(a.name, a.default) for a in self.attributes}
+        for name, value in complete.items():
+            if not _has_type(value, known[name].type):
+                raise self._refused(
+                    f"{known[name].type} as its attribute {name}", f"{value!r} was given"
+                )
+        return complete
+
+    def output_shapes(self, *inputs: Shape, **attributes: Any) -> tuple[Shape, ...]:
+        """Shapes of the outputs; attributes that are not given have their defaults.
+
+        Raises:
+            RuntimeInputError: shapes or attributes do not fit the operator.
+        """
+        return self.infer_shapes(inputs, self.complete_attributes(attributes))
+
+    def input_shapes(self, case: Case) -> tuple[tuple[int, ...], ...]:
+        """Concrete shapes of the inputs of a test case."""
+
+        def flat(symbol: str | int) -> tuple[int, ...]:
+            size = symbol if isinstance(symbol, int) else case.dims[symbol]
+            return size if isinstance(size, tuple) else (size,)
+
+        return tuple(
+            tuple(size for symbol in tensor.shape for size in flat(symbol))
+            for tensor in self.inputs
+        )
+
+    def kernel(self) -> Callable[..., Any] | None:
+        """The Triton kernel, imported now; None without one."""
+        if self.triton is None:
+            return None
+        module, _, function = self.triton.partition(":")
+        kernel: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return kernel
+
+    def _refused(self, expected: str, came: str) -> RuntimeInputError:
+        return RuntimeInputError(
+            expected=f"operator {self.name} with {expected}",
+            came=came,
+            todo=f"see edgeattn.ops for what {self.name} takes",
+        )
+
+
+def bind(tensors: Sequence[TensorSpec], shapes: Sequence[Shape]) -> dict[str, Dim]:
+    """The dimension behind every symbol; that of `LEADING` is a tuple.
+
+    Two known numbers of one symbol must agree; symbolic dimensions are taken on trust, and a number
+    is preferred to them.
+
+    Raises:
+        RuntimeInputError: number of tensors, rank or dimensions do not fit.
+    """
+    if len(shapes) != len(tensors):
+        raise _misfit(f"{len(tensors)} inputs", f"{len(shapes)} were given")
+    dims: dict[str, Dim] = {}
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        symbols, sizes = tensor.shape, tuple(shape)
+        if symbols[:1] == (LEADING,):
+            symbols = symbols[1:]
+            leading = len(sizes) - len(symbols)
+            dims[LEADING], sizes = sizes[: max(leading, 0)], sizes[max(leading, 0) :]
+        if len(sizes) != len(symbols):
+            raise _misfit(f"{tensor.name} {_text(tensor.shape)}", f"its shape is {_text(shape)}")
+        for symbol, size in zip(symbols, sizes, strict=True):
+            known = symbol if isinstance(symbol, int) else dims.get(symbol, size)
+            if isinstance(known, int) and isinstance(size, int) and known != size:
+                raise _misfit(
+                    f"{tensor.name} {_text(tensor.shape)} with {symbol} = {known}",
+                    f"its shape is {_text(shape)}",
+                )
+            if isinstance(symbol, str):
+                dims[symbol] = known if isinstance(known, int) else size
+    return dims
+
+
+def _misfit(expected: str, came: str) -> RuntimeInputError:
+    return RuntimeInputError(
+        expected=expected, came=came, todo="give tensors of the operator's shapes"
+    )
+
+
+def _text(shape: Iterable[Dim]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _has_type(value: Any, type: AttributeType) -> bool:
+    return isinstance(value, _PYTHON_TYPES[type]) and not isinstance(value, bool)
+
+
+def _problems(spec: OpSpec) -> Iterable[str]:
+    """What contradicts itself, as clauses."""
+    if not re.fullmatch(r"([A-Z][a-z0-9]*)+", spec.name):
+        yield "its name is not in PascalCase"
+    if not (spec.inputs and spec.outputs and spec.cases):
+        yield "it needs inputs, outputs and cases"
+        return
+    tensors = (*spec.inputs, *spec.outputs)
+    names = (*(t.name for t in tensors), *(a.name for a in spec.attributes), *PLUGIN_ATTRIBUTES)
+    yield from _name_problems(names, r"[a-z]\w*")
+    yield from _name_problems((c.name for c in spec.cases), r"[\w-]+")
+    yield from _tensor_problems(spec)
+    for attribute in spec.attributes:
+        if attribute.default is not None and not _has_type(attribute.default, attribute.type):
+            yield f"attribute {attribute.name} is no {attribute.type} by default"
+    for case in spec.cases:
+        yield from _case_problems(spec, case)
+    if spec.triton is not None and not re.fullmatch(r"[\w.]+:\w+", spec.triton):
+        yield f"triton is {spec.triton!r}, not 'module:function'"
+    floats = {d for d in spec.outputs[0].dtypes if d in FLOATS}
+    if set(spec.tolerance) != floats:
+        yield f"tolerances are given for {sorted(spec.tolerance)}, needed for {sorted(floats)}"
+    for dtype, tolerance in spec.tolerance.items():
+        if not 0 < tolerance.floor < 1 or not tolerance.reason.strip():
+            yield f"the tolerance of {dtype} needs a floor between 0 and 1 and a reason"
+
+
+def _name_problems(names: Iterable[str], pattern: str) -> Iterable[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            yield f"the name {name} is there twice"
+        if not re.fullmatch(pattern, name):
+            yield f"the name {name!r} does not match {pattern}"
+        seen.add(name)
+
+
+def _tensor_problems(spec: OpSpec) -> Iterable[str]:
+    inputs = {t.name: t for t in spec.inputs}
+    if sum(LEADING in t.shape for t in spec.inputs) > 1:
+        yield f"more than one input has {LEADING}"
+    variables: dict[str, tuple[str, ...]] = {}
+    for tensor in (*spec.inputs, *spec.outputs):
+        if not tensor.dtypes or not set(tensor.dtypes) <= set(DTYPES):
+            yield f"{tensor.name} has dtypes {tensor.dtypes}, not of {DTYPES}"
+        if variables.setdefault(tensor.variable, tensor.dtypes) != tensor.dtypes:
+            yield f"{tensor.name} has other dtypes than type variable {tensor.variable} elsewhere"
+        if LEADING in tensor.shape[1:]:
+            yield f"{tensor.name} has {LEADING} behind other dimensions"
+        if tensor.updates is None:
+            continue
+        state = inputs.get(tensor.updates)
+        if state is None or (state.shape, state.variable) != (tensor.shape, tensor.variable):
+            yield f"{tensor.name} updates {tensor.updates}, which is no input of its kind"
+        if tensor.name in inputs:
+            yield f"{tensor.name} is an input and updates {tensor.updates}"
+
+
+def _case_problems(spec: OpSpec, case: Case) -> Iterable[str]:
+    symbols = {s for t in spec.inputs for s in t.shape if isinstance(s, str)}
+    if set(case.dims) != symbols:
+        yield f"case {case.name} sizes {sorted(case.dims)} instead of {sorted(symbols)}"
+        return
+    if case.dtype not in {d for t in spec.inputs if t.variable == "T" for d in t.dtypes}:
+        yield f"case {case.name} has dtype {case.dtype}"
+    try:
+        spec.output_shapes(*spec.input_shapes(case), **case.attributes)
+    except RuntimeInputError as error:
+        yield f"case {case.name}: {error}"
