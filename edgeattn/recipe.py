@@ -35,6 +35,8 @@ class Recipe:
         calibration: a text file, or a folder of them, for schemes that are calibrated.
         calibration_windows: stretches of 512 tokens that are taken from it.
         rotations: a file of learned rotations to use again.
+        eval_text: a text on which the exported graph's quality is measured.
+        max_ppl_increase: most its perplexity may be above the checkpoint's, as "10%".
     """
 
     target: str
@@ -46,6 +48,8 @@ class Recipe:
     calibration: str | None = None
     calibration_windows: int = 128
     rotations: str | None = None
+    eval_text: str | None = None
+    max_ppl_increase: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses values that are no recipe, whatever the target.

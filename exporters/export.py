@@ -9,9 +9,10 @@ import onnx_ir as ir
 
 from edgeattn.exporters.check import check_graph
 from edgeattn.exporters.passes import fuse_residual_norms
+from edgeattn.exporters.reads import insert_reads
 from edgeattn.exporters.stamp import stamp
 from edgeattn.exporters.trace import trace_decoder
-from edgeattn.exporters.weights import WeightBinder, write_weights
+from edgeattn.exporters.weights import IR_DTYPES, WeightBinder, write_weights
 from edgeattn.models.model import Model, Progress
 from edgeattn.planner.lowering import Lowering
 
@@ -50,6 +51,8 @@ def export_graph(
     """
     binder = WeightBinder(model, lowering)
     graph = stamp(trace_decoder(model.shape, lowering), binder)
+    if model.reads:
+        insert_reads(graph, model.reads, IR_DTYPES[lowering.dtype])
     if lowering.attention == "group-query":
         fuse_residual_norms(graph)
     size, sha256 = write_weights(binder, weights_file, progress=progress)

@@ -97,6 +97,7 @@ class Manifest(_Record):
         target: what it was made for.
         plugin_abi: ABI number of the plugin library, None without one.
         verification: proof at export.
+        quality: perplexity, KL and agreement on a text, where one was given.
         files: every file that must be there, by path inside the bundle.
     """
 
@@ -109,6 +110,7 @@ class Manifest(_Record):
     target: TargetRecord
     plugin_abi: int | None
     verification: VerificationRecord
+    quality: dict[str, Any] | None = None
     files: dict[Annotated[str, AfterValidator(_plain_path)], FileRecord]
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeattn.bundle.bundle import MANIFEST, hash_file
@@ -20,17 +21,34 @@ _UNFINISHED = ".edgeattn-unfinished"
 _ASIDE = ".edgeattn-replaced"
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What is written this way.
+
+    Attributes:
+        name: what refusals call it.
+        marker: the file that it is recognised by, so that nothing else is ever replaced.
+    """
+
+    name: str
+    marker: str
+
+
+BUNDLE = Kind("bundle", MANIFEST)
+
+
 class BundleWriter:
-    """The unfinished bundle.
+    """The unfinished bundle, or another kind of folder.
 
     Attributes:
         path: the temporary directory to write files into.
     """
 
-    def __init__(self, path: Path, final: Path, *, force: bool) -> None:
+    def __init__(self, path: Path, final: Path, *, force: bool, kind: Kind = BUNDLE) -> None:
         self.path = path
         self._final = final
         self._force = force
+        self._kind = kind
         self._known: dict[str, FileRecord] = {}
 
     def write(self, name: str, content: bytes | str) -> None:
@@ -48,7 +66,7 @@ class BundleWriter:
         found = {}
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
-            if file.is_file() and name not in (_LOCK, MANIFEST):
+            if file.is_file() and name not in (_LOCK, self._kind.marker):
                 found[name] = self._known.get(name) or FileRecord(
                     bytes=file.stat().st_size, sha256=hash_file(file)
                 )
@@ -73,11 +91,11 @@ class BundleWriter:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            _check_place(self._final, force=False)
+            _check_place(self._final, self._kind, force=False)
             raise
 
     def _replace(self) -> None:
-        _check_place(self._final, force=True)
+        _check_place(self._final, self._kind, force=True)
         old = _aside(self._final)
         try:
             self._final.rename(old)
@@ -90,14 +108,15 @@ class BundleWriter:
 
 
 @contextmanager
-def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
+def open_writer(final: Path, *, force: bool = False, kind: Kind = BUNDLE) -> Iterator[BundleWriter]:
     """Opens a bundle for writing; whatever is not committed is removed.
 
     Leftovers of a killed run are recognised by their lock, which died with its process.
 
     Args:
         final: where the bundle shall appear.
-        force: replace a bundle that is already there.
+        force: replace one of the same kind that is already there.
+        kind: of what is written.
 
     Raises:
         BundleError: the place is in use, cannot be written, or the disk is full.
@@ -105,32 +124,32 @@ def open_writer(final: Path, *, force: bool = False) -> Iterator[BundleWriter]:
     final = Path(os.path.abspath(final))
     if not final.name or final == Path.cwd():
         raise BundleError(
-            expected="the name of a new folder to write a bundle at",
+            expected=f"the name of a new folder to write a {kind.name} at",
             came=f"it is {final}",
             todo="choose another folder with -o",
         )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
-        _check_place(final, force=force)
+        _remove_leftovers(final, kind)
+        _check_place(final, kind, force=force)
         path = final.with_name(f".{final.name}.{os.getpid()}{_UNFINISHED}")
         path.mkdir()
         lock = (path / _LOCK).open("w")
     except OSError as error:
-        raise _disk_error(final, error) from error
+        raise _disk_error(final, kind, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield BundleWriter(path, final, force=force)
+        yield BundleWriter(path, final, force=force, kind=kind)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise _disk_error(final, error) from error
+            raise _disk_error(final, kind, error) from error
         raise
     finally:
         lock.close()
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_place(final: Path, *, force: bool) -> None:
+def _check_place(final: Path, kind: Kind, *, force: bool) -> None:
     if final.is_symlink():
         raise BundleError(
             expected=f"a free place at {final}",
@@ -139,16 +158,16 @@ def _check_place(final: Path, *, force: bool) -> None:
         )
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
-    if not (final / MANIFEST).is_file():
+    if not (final / kind.marker).is_file():
         raise BundleError(
             expected=f"a free place at {final}",
-            came="something that is no bundle is there",
+            came=f"something that is no {kind.name} is there",
             todo="choose another folder with -o",
         )
     if not force:
         raise BundleError(
             expected=f"a free place at {final}",
-            came="a bundle is already there",
+            came=f"a {kind.name} is already there",
             todo="choose another folder with -o, or replace it with --force",
         )
 
@@ -158,13 +177,13 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}{_ASIDE}")
 
 
-def _remove_leftovers(final: Path) -> None:
+def _remove_leftovers(final: Path, kind: Kind) -> None:
     """Removes what a killed run left, and brings back a bundle it had moved aside.
 
-    Only what is surely ours: by its name, and by the lock or the manifest in it.
+    Only what is surely ours: by its name, and by the lock or the marker in it.
     """
     aside = _aside(final)
-    if (aside / MANIFEST).is_file():
+    if (aside / kind.marker).is_file():
         if final.exists():
             shutil.rmtree(aside)
         else:
@@ -184,9 +203,9 @@ def _remove_if_dead(leftover: Path) -> None:
     shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _disk_error(final: Path, error: OSError) -> BundleError:
+def _disk_error(final: Path, kind: Kind, error: OSError) -> BundleError:
     return BundleError(
-        expected=f"to write a bundle at {final}",
+        expected=f"to write a {kind.name} at {final}",
         came=f"the disk refused ({error.strerror or error})",
         todo="free some space or choose another folder with -o",
     )

@@ -19,6 +19,7 @@ from edgeattn.errors import EdgeattnError, unknown_name
 # `edgeattn --help` needs neither numpy nor torch.
 VERBS = {
     "export": "Turn a checkpoint into a proven bundle for a target.",
+    "quantize": "Write a checkpoint, rotated and quantised, for other tools to check.",
     "verify": "Prove a bundle again: hashes, ONNX Runtime, TensorRT's parser and builder.",
     "run": "Let a bundle continue a text on this machine.",
     "eval": "Measure a bundle's perplexity on a text.",

@@ -18,6 +18,7 @@ Examples:
   edgeattn export ./SmolLM2-135M --target jetson-orin
   edgeattn export model.gguf --target jetson-orin@jetpack6.2 --quant w4-rtn -o ./bundle
   edgeattn export HuggingFaceTB/SmolLM2-135M@main --target cpu --quant w4-rtn:group=32
+  edgeattn export ./SmolLM2-135M --target l4 --quant w4a16-spinquant --calibration novel.txt
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
@@ -35,6 +36,9 @@ Examples:
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
 @click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
 @click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [128].")
+@click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
+@click.option("--eval-text", metavar="FILE", help="Measure the exported graph's quality on it.")
+@click.option("--max-ppl-increase", metavar="10%", help="Refuse a bundle that lost more.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, sizes and times; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")
@@ -140,4 +144,11 @@ def _show_report(report: ExportReport) -> None:
     from edgeattn.cli.tables import print_verification
 
     print_verification(report.verification.to_dict())
+    if report.quality is not None:
+        found = report.quality
+        click.echo(
+            f"perplexity {found.perplexity:.2f}, {found.increase:+.1%} beside the checkpoint's "
+            f"{found.reference_perplexity:.2f}; KL {found.kl:.3f} nats, same most likely token "
+            f"{found.top1_agreement:.1%} of {found.tokens} times"
+        )
     click.echo(f"report: {report.path / 'report' / 'index.html'}")

@@ -7,13 +7,16 @@ from edgeattn.pipeline.export import (
     export,
     plan_export,
 )
+from edgeattn.pipeline.quantize import QuantizeReport, quantize_checkpoint
 from edgeattn.pipeline.verify import verify_bundle
 
 __all__ = [
     "ExportPlan",
     "ExportReport",
+    "QuantizeReport",
     "default_output",
     "export",
     "plan_export",
+    "quantize_checkpoint",
     "verify_bundle",
 ]

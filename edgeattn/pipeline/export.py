@@ -17,8 +17,8 @@ from edgeattn.pipeline.clock import Clock, Progress, rare_collections
 from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     proof_tokens,
-    require_calibration,
     require_export_extra,
+    require_texts,
     transform,
 )
 from edgeattn.planner.estimate import Estimate, estimate
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.hub import Outline
+    from edgeattn.verify.quality import Quality
     from edgeattn.verify.verify import Verification
+
+
+EVAL_WINDOWS, EVAL_LENGTH = 12, 512
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ExportReport:
         lowering: what was decided.
         graph: nodes and bytes written.
         verification: the proof, None with `verify=False`.
+        quality: on the recipe's evaluation text, None without one.
         transforms: what each transform reports, JSON-ready.
         seconds: wall time by stage.
     """
@@ -49,6 +54,7 @@ class ExportReport:
     lowering: Lowering
     graph: GraphReport
     verification: Verification | None
+    quality: Quality | None
     transforms: Mapping[str, Any]
     seconds: dict[str, float]
 
@@ -59,6 +65,7 @@ class ExportReport:
             "lowering": self.lowering.to_dict(),
             "nodes": self.graph.nodes,
             "weight_bytes": self.graph.weight_bytes,
+            "quality": self.quality.to_dict() if self.quality else None,
             "transforms": dict(self.transforms),
             "verification": self.verification.to_dict() if self.verification else None,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -123,7 +130,7 @@ def plan_export(
 
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
-    require_calibration(recipe)
+    require_texts(recipe)
     return _plan(lowering, read_outline(model, offline=offline), target, output, verify)
 
 
@@ -155,7 +162,7 @@ def export(
 
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
-    require_calibration(recipe)
+    require_texts(recipe)
     require_export_extra()
     clock = Clock(progress)
     with rare_collections(), open_writer(output, force=force) as writer:
@@ -234,15 +241,41 @@ def _export(
             tokens=tokens,
             progress=clock.progress,
         )
+    quality = _quality(checkpoint, recipe, lowering, writer.path / layout.MODEL, clock)
     clock.stop()
     notes = transformed.notes
-    report = ExportReport(output, lowering, graph, verification, notes, clock.seconds)
+    report = ExportReport(output, lowering, graph, verification, quality, notes, clock.seconds)
     write_report(writer, checkpoint, recipe, report)
     shape = replace(checkpoint.shape, tied_embeddings=model.shape.tied_embeddings)
     write_manifest(writer, checkpoint, recipe, target, report, shape)
     writer.commit()
     shutil.rmtree(work_folder(output), ignore_errors=True)
     return report
+
+
+def _quality(
+    checkpoint: Checkpoint, recipe: Recipe, lowering: Lowering, model_file: Path, clock: Clock
+) -> Quality | None:
+    """Quality on the recipe's text, within its budget where it names one."""
+    from edgeattn.calibration.windows import read_text
+    from edgeattn.models.model import model_of
+    from edgeattn.verify.quality import check_budget, eval_windows, measure_quality, parse_budget
+
+    if recipe.eval_text is None:
+        return None
+    clock.start("measuring quality")
+    windows = eval_windows(
+        read_text(Path(recipe.eval_text)),
+        checkpoint.text.get(layout.TOKENIZER),
+        windows=EVAL_WINDOWS,
+        length=min(EVAL_LENGTH, lowering.context or checkpoint.shape.max_context),
+    )
+    quality = measure_quality(
+        model_of(checkpoint), model_file, lowering, windows, progress=clock.count
+    )
+    if recipe.max_ppl_increase is not None:
+        check_budget(quality, parse_budget(recipe.max_ppl_increase))
+    return quality
 
 
 def work_folder(output: Path) -> Path:

@@ -101,6 +101,7 @@ def write_manifest(
             backends=tuple(a.backend for a in verification.agreements) if verification else (),
             tensorrt=_tensorrt_status(tensorrt.status if tensorrt else None),
         ),
+        quality=report.quality.to_dict() if report.quality else None,
         files=writer.files(),
     )
     writer.write(layout.MANIFEST, manifest.to_json())

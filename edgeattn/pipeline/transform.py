@@ -38,12 +38,28 @@ class Transformed:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def require_calibration(recipe: Recipe) -> None:
-    """Refuses a scheme that needs a text where none was given, before any work.
+def require_texts(recipe: Recipe) -> None:
+    """Refuses a recipe without the texts it needs, before any work.
 
     Raises:
         UsageError: saying what to pass.
     """
+    if recipe.max_ppl_increase is not None:
+        from edgeattn.verify.quality import parse_budget
+
+        parse_budget(recipe.max_ppl_increase)
+        if recipe.eval_text is None:
+            raise UsageError(
+                expected="a text on which the increase of perplexity is measured",
+                came="--max-ppl-increase was given without one",
+                todo="pass --eval-text FILE, another text than the calibration's",
+            )
+    if recipe.eval_text is not None and recipe.logits == "last":
+        raise UsageError(
+            expected="logits of every position, to measure quality",
+            came="--logits last keeps those of the last one",
+            todo="leave out --eval-text or --logits last",
+        )
     if recipe.scheme.needs_calibration and recipe.calibration is None:
         raise UsageError(
             expected=f"a text that scheme {recipe.scheme.name} can be calibrated on",
@@ -141,7 +157,7 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tensor,
     """
     from edgeattn.calibration.windows import read_text, text_sha256, token_windows
 
-    require_calibration(recipe)
+    require_texts(recipe)
     assert recipe.calibration is not None
     text = read_text(Path(recipe.calibration))
     windows = token_windows(
