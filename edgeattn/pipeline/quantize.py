@@ -1,0 +1,205 @@
+"""`quantize`: a checkpoint in, the same model rotated and quantised out, again as a checkpoint.
+
+Others can then check with their own tools what a bundle is made of: the weights are dequantised, so
+that plain transformers computes with the numbers that a bundle's graph computes with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn import __version__
+from edgeattn.bundle import bundle as layout
+from edgeattn.bundle.writer import BundleWriter, Kind, open_writer
+from edgeattn.devices.registry import parse_target
+from edgeattn.errors import BundleError, LoweringError, MissingDependencyError
+from edgeattn.pipeline.clock import Clock, Progress
+from edgeattn.pipeline.export import work_folder
+from edgeattn.pipeline.transform import Transformed, require_texts, transform
+from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
+from edgeattn.quant.scheme import Scheme
+from edgeattn.recipe import Recipe
+from edgeattn.shape import ModelShape
+
+if TYPE_CHECKING:
+    from edgeattn.models.checkpoint import Checkpoint
+
+REPORT = "edgeattn.json"
+CHECKPOINT = Kind("quantised checkpoint", REPORT)
+# The target whose rules apply: it takes every scheme, and puts no limit on the model.
+_TARGET = "cpu"
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_checkpoint` did.
+
+    Attributes:
+        path: the written checkpoint.
+        scheme: what was done to its weights.
+        dtype: of its files.
+        weight_files: bytes of each safetensors file by name.
+        transforms: what each transform reports, JSON-ready.
+        activation_scales: of int8 inputs, by the weight they are multiplied with; a checkpoint
+            cannot carry them, so they are not applied in it.
+        seconds: wall time by stage.
+    """
+
+    path: Path
+    scheme: Scheme
+    dtype: str
+    weight_files: Mapping[str, int]
+    transforms: Mapping[str, Any]
+    activation_scales: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the scheme also rounds activations, which the written checkpoint does not."""
+        return self.scheme.activation_bits is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "checkpoint": str(self.path),
+            **self.about(),
+            "weight_files": dict(self.weight_files),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What is true wherever the checkpoint lies, JSON-ready."""
+        return {
+            "scheme": self.scheme.to_dict(),
+            "dtype": self.dtype,
+            "activations": "not rounded in this copy" if self.rounds_activations else "as they are",
+            "activation_scales": dict(self.activation_scales),
+            "transforms": dict(self.transforms),
+        }
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    offline: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Writes a rotated, fake-quantised copy of a checkpoint; it appears whole or not at all.
+
+    Args:
+        model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
+        recipe: what is asked for; target, context, batch and logits play no part. Without a dtype
+            the files are fp32, which holds dequantised weights as they are. fp16 and bf16 round
+            scales and weights as a bundle in that dtype does.
+        output: the Hugging Face directory to write.
+        offline: take a hub id from the cache alone.
+        force: replace an earlier copy at `output`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        EdgeattnError: a refusal; nothing is written but finished layers to go on from.
+    """
+    from edgeattn.models.hub import find_hub_id, open_model, read_outline
+
+    lowering = _lowering(recipe)
+    require_texts(recipe)
+    _require_torch()
+    clock = Clock(progress)
+    with open_writer(output, force=force, kind=CHECKPOINT) as writer:
+        clock.start("reading the checkpoint")
+        if find_hub_id(model):  # what cannot be quantised is refused before it is downloaded
+            _check(lowering, read_outline(model, offline=offline).shape, output)
+        checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
+        _check(lowering, checkpoint.shape, output)
+        transformed = transform(checkpoint, recipe, lowering, work_folder(output), clock)
+        report = _write(writer, checkpoint, transformed, lowering, output, clock)
+        writer.commit()
+    shutil.rmtree(work_folder(output), ignore_errors=True)
+    return report
+
+
+def _lowering(recipe: Recipe) -> Lowering:
+    """Scheme and dtype; with projections apart, as they are stored."""
+    scheme = recipe.scheme
+    if scheme.online:
+        settings = [item for item in scheme.settings if not item.startswith("online=")]
+        raise LoweringError(
+            expected="a scheme whose rotations lie in the weights, all that a checkpoint carries",
+            came=f"scheme {scheme.label} also rotates the inputs of down projections at run time",
+            todo=f"choose --quant {scheme.name}:{','.join([*settings, 'online=off'])}",
+        )
+    plain = Recipe(_TARGET, quant=recipe.quant)
+    lowering = plan_lowering(plain, parse_target(_TARGET))
+    dtype: Any = recipe.dtype or "fp32"
+    return replace(lowering, dtype=dtype, attention="standard", kv_cache="concat")
+
+
+def _require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            expected="torch, which quantising needs",
+            came="it cannot be imported",
+            todo="pip install 'edgeattn[export]'",
+        )
+
+
+def _check(lowering: Lowering, shape: ModelShape, output: Path) -> None:
+    """Refuses what cannot be done for a model, or what the disk cannot hold."""
+    from edgeattn.models.families import parameter_names
+
+    fit_lowering(lowering, shape, parse_target(_TARGET))
+    untied = replace(shape, tied_embeddings=False)
+    written = shape if lowering.scheme.rotation == "none" else untied
+    size = 4 if lowering.dtype == "fp32" else 2
+    needed = size * sum(math.prod(sizes) for sizes in parameter_names(written).values())
+    place = Path(os.path.abspath(output)).parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise BundleError(
+            expected=f"{needed / 1e6:,.1f} MB of free disk for {output}",
+            came=f"{free / 1e6:,.1f} MB are free",
+            todo="free some space or choose another folder with -o",
+        )
+
+
+def _write(
+    writer: BundleWriter,
+    checkpoint: Checkpoint,
+    transformed: Transformed,
+    lowering: Lowering,
+    output: Path,
+    clock: Clock,
+) -> QuantizeReport:
+    from edgeattn.models.hf_writer import checkpoint_config, write_weights
+
+    model, dtype = transformed.model, lowering.dtype
+    clock.start("writing the weights")
+    files = write_weights(writer.path, model, checkpoint.config, dtype, progress=clock.count)
+    clock.stop()
+    for name, content in checkpoint.text.items():
+        writer.write(name, content)
+    writer.write(layout.CONFIG, _json(checkpoint_config(checkpoint.config, model.shape, dtype)))
+    if checkpoint.generation_config:
+        writer.write(layout.GENERATION_CONFIG, _json(checkpoint.generation_config))
+    scales = {name: read.scale for name, read in model.reads.items() if read.scale is not None}
+    report = QuantizeReport(
+        output, lowering.scheme, dtype, files, transformed.notes, scales, clock.seconds
+    )
+    source = {"edgeattn": __version__, "model": checkpoint.name, "source": checkpoint.identity}
+    writer.write(REPORT, _json({**source, **report.about()}))
+    return report
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
