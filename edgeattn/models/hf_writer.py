@@ -161,12 +161,12 @@ def _header(tensors: Sequence[StoredTensor], dtype: str) -> bytes:
 def _stored_values(model: Model, name: str, stored: StoredParameter, dtype: str) -> Tensor:
     """A parameter as the files hold it, rounded to their dtype last."""
     value = rounded(name, model.weights.read(name), torch.float32)
-    if stored.factor != 1:
-        value = value / stored.factor
-    if stored.offset:
-        value = value - stored.offset
+    if stored.offset or stored.factor != 1:
+        # In fp64 and with the factor as fp32 has it, so that reading gives the same numbers again.
+        value = value.double() / torch.tensor(stored.factor).double() - stored.offset
+        value = value.float()
     return rounded(name, value, TORCH_DTYPES[dtype])
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
