@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,13 @@ class LayerStore:
         partial = file.with_suffix(".partial")
         save_file(tensors, partial, metadata={"linears": json.dumps(about)})
         partial.replace(file)
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON-ready result that is made once and then read from the folder."""
+        file = self._folder / f"{name}.json"
+        if not file.exists():
+            _write_atomically(file, json.dumps(make()))
+        return json.loads(file.read_text("utf-8"))
 
     def read(self, layer: int) -> dict[str, StoredLinear]:
         """All linear layers of a finished layer."""

@@ -21,3 +21,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` -> `[..., outputs]`."""
         return nn.functional.linear(self.reads(x), self.weight, self.bias)
+
+
+def linear_of(block: nn.Module, name: str) -> Linear:
+    """A linear layer of a block by its name, such as "mlp.down_proj"."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, Linear)
+    return linear

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from edgeattn.models.model import Model
 
 CALIBRATION_LENGTH = 512
-# Tokens on which a rotated model is compared with the original one.
-_EQUIVALENCE_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -110,42 +108,23 @@ def _on_text(
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.calibration.store import LayerStore
     from edgeattn.models.model import TORCH_DTYPES
-    from edgeattn.transforms.calibrate import quantize_on_text
+    from edgeattn.pipeline.calibrated import CalibratedQuantizer
 
     windows, about = calibration_windows(checkpoint, recipe)
-    notes: dict[str, Any] = {"calibration": about, **_source_notes(checkpoint)}
-    scheme = lowering.scheme
-    if scheme.rotation != "none":
-        clock.start("rotating")
-        model, notes["rotation"] = _rotated(model, scheme.online, windows)
-    clock.start("quantising layer by layer")
     made_from = {
         "checkpoint": checkpoint.identity["fingerprint"],
-        "scheme": scheme.label,
+        "scheme": lowering.scheme.label,
         "dtype": lowering.dtype,
+        "rotations": recipe.rotations,
         **about,
     }
-    store = LayerStore(work, made_from)
-    scale_dtype = TORCH_DTYPES[lowering.dtype]
-    model = quantize_on_text(
-        model, scheme, windows, store, scale_dtype=scale_dtype, progress=clock.count
+    quantizer = CalibratedQuantizer(
+        lowering.scheme, TORCH_DTYPES[lowering.dtype], windows, work, made_from, clock
     )
-    return model, notes
-
-
-def _rotated(model: Model, online: bool, windows: Tensor) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.transforms.rotate import check_equivalence, hadamard_rotations, rotate
-
-    rotations = hadamard_rotations(model.shape, online=online)
-    rotated = rotate(model, rotations)
-    equivalence = check_equivalence(model, rotated, rotations, windows[:1, :_EQUIVALENCE_LENGTH])
-    return rotated, equivalence.to_dict()
-
-
-def _source_notes(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {}
+    rotations = Path(recipe.rotations) if recipe.rotations else None
+    model, notes = quantizer.run(model, rotations)
+    return model, {"calibration": about, **notes}
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from edgeattn.quant.hadamard import HadamardFactors, transform
@@ -38,9 +37,3 @@ def round_to_int8(x: Tensor, scale: float) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x, scale)) of ONNX with int8 and zero point 0."""
     return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH).mul_(scale)
 
-
-def absolute_quantile(x: Tensor, share: float) -> float:
-    """The smallest bound that `share` of the elements of `x` do not exceed in magnitude."""
-    flat = x.abs().reshape(-1)
-    rank = max(1, min(flat.numel(), round(share * flat.numel())))
-    return float(torch.kthvalue(flat, rank).values)

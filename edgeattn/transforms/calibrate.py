@@ -7,7 +7,7 @@ the residual stream of the calibration windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +17,13 @@ from edgeattn.calibration.store import LayerStore, StoredLinear
 from edgeattn.calibration.walk import STAGES, LayerWalk
 from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.families import EMBEDDING, LM_HEAD
-from edgeattn.models.linear import Linear
+from edgeattn.models.linear import linear_of
 from edgeattn.models.model import Model, ModelWeights, load_layer
 from edgeattn.models.stream import embed_windows, run_layer, window_inputs
-from edgeattn.quant.activation import LinearInput, absolute_quantile
+from edgeattn.quant.activation import INT8_HIGH, LinearInput
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
 from edgeattn.quant.gptq import Hessian, gptq
-from edgeattn.quant.scheme import Scheme, WeightFormat
+from edgeattn.quant.scheme import INT8_PER_CHANNEL, Scheme, WeightFormat
 
 Progress = Callable[[int, int], None]
 
@@ -36,6 +36,7 @@ def quantize_on_text(
     store: LayerStore,
     *,
     scale_dtype: torch.dtype,
+    kept: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> Model:
     """The model with linear layers quantised on `windows`; tables round to nearest.
@@ -46,6 +47,7 @@ def quantize_on_text(
         windows: token ids `[N, L]`.
         store: finished layers, those of an earlier run among them.
         scale_dtype: dtype of weight scales, the one the graph computes in.
+        kept: weights of the layers that stay at the next higher precision.
         progress: called with (layers done, all layers).
     """
     shape = model.shape
@@ -60,14 +62,20 @@ def quantize_on_text(
             run_layer(layer, hidden, kind, shape)
         else:
             walk = LayerWalk(layer, hidden, kind, shape)
-            store.write(index, _quantize_layer(layer, walk, scheme, scale_dtype))
+            prefix = f"layers.{index}."
+            here = {name.removeprefix(prefix) for name in kept if name.startswith(prefix)}
+            store.write(index, _quantize_layer(layer, walk, scheme, scale_dtype, here))
         if progress:
             progress(index + 1, shape.num_layers)
     return stored_model(model, scheme, store, scale_dtype=scale_dtype)
 
 
 def _quantize_layer(
-    layer: DecoderLayer, walk: LayerWalk, scheme: Scheme, scale_dtype: torch.dtype
+    layer: DecoderLayer,
+    walk: LayerWalk,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    kept: Set[str],
 ) -> dict[str, StoredLinear]:
     found = {}
     for number, names in enumerate(STAGES):
@@ -76,10 +84,10 @@ def _quantize_layer(
         for inputs in walk.inputs(number):
             statistics.add(reads(inputs))
         for name in names:
-            weight = linear_of(layer, name).weight
-            found[name] = StoredLinear(
-                statistics.quantize(name, weight, scale_dtype), statistics.input_scale()
-            )
+            keep = f"{name}.weight" in kept
+            weight = statistics.quantize(name, linear_of(layer, name).weight, scale_dtype, keep)
+            scale = None if keep else statistics.input_scale(scale_dtype)
+            found[name] = StoredLinear(weight, scale)
             _apply(layer, name, found[name])
     walk.finish()
     return found
@@ -91,37 +99,36 @@ class _Statistics:
     def __init__(self, scheme: Scheme, width: int) -> None:
         self._scheme = scheme
         self._hessian = Hessian(width) if scheme.method == "gptq" else None
-        self._bounds: list[float] = []
+        self._bound = 0.0
 
     def add(self, inputs: Tensor) -> None:
         if self._hessian is not None:
             self._hessian.add(inputs)
         if self._scheme.activation_bits is not None:
-            self._bounds.append(absolute_quantile(inputs, 1.0))
+            self._bound = max(self._bound, float(inputs.abs().amax()))
 
-    def quantize(self, name: str, weight: Tensor, scale_dtype: torch.dtype) -> QuantizedTensor:
-        format, clip = self._scheme.format_of(name), self._scheme.clip
+    def quantize(
+        self, name: str, weight: Tensor, scale_dtype: torch.dtype, keep: bool
+    ) -> QuantizedTensor:
+        scheme = self._scheme
+        format = INT8_PER_CHANNEL if keep else scheme.format_of(name)
         assert format is not None
         if self._hessian is None or format.bits == 8:
-            return quantize_symmetric(weight, format, clip=clip, scale_dtype=scale_dtype)
+            return quantize_symmetric(weight, format, clip=scheme.clip, scale_dtype=scale_dtype)
         return gptq(
             weight,
             self._hessian.matrix,
             format,
-            clip=clip,
+            clip=scheme.clip,
             scale_dtype=scale_dtype,
-            act_order=self._scheme.act_order,
+            act_order=scheme.act_order,
         )
 
-    def input_scale(self) -> float | None:
-        return max(self._bounds) / 127 if self._bounds else None
-
-
-def linear_of(layer: DecoderLayer, name: str) -> Linear:
-    """A linear layer of a block by its name."""
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, Linear)
-    return linear
+    def input_scale(self, scale_dtype: torch.dtype) -> float | None:
+        """The scale that maps the largest input to 127, as the graph will store it."""
+        if self._scheme.activation_bits is None:
+            return None
+        return float(torch.tensor(self._bound / INT8_HIGH).clamp_min(1e-6).to(scale_dtype))
 
 
 def _apply(layer: DecoderLayer, name: str, stored: StoredLinear) -> None:

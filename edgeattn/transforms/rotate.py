@@ -90,7 +90,9 @@ def fold_norms(model: Model) -> Model:
     return rotate(model, Rotations())
 
 
-def rotate(model: Model, rotations: Rotations) -> Model:
+def rotate(
+    model: Model, rotations: Rotations, *, without_online: frozenset[str] = frozenset()
+) -> Model:
     """The model in the rotated basis, its norms folded; the same function.
 
     Everything is multiplied in fp64 when a weight is read, and cast once to fp32.
@@ -98,6 +100,7 @@ def rotate(model: Model, rotations: Rotations) -> Model:
     Args:
         model: not quantised and not fused.
         rotations: which; `down` adds an online rotation that `Model.reads` tells of.
+        without_online: weights of down projections that read their input unrotated.
 
     Norms behind attention and MLP (Gemma 2) do not commute with R1; the planner refuses them.
     """
@@ -106,10 +109,11 @@ def rotate(model: Model, rotations: Rotations) -> Model:
     reads = {}
     if rotations.down is not None:
         read = LinearInput(rotation=rotations.down)
-        reads = {f"layers.{i}.mlp.down_proj.weight": read for i in range(shape.num_layers)}
+        names = (f"layers.{i}.mlp.down_proj.weight" for i in range(shape.num_layers))
+        reads = {name: read for name in names if name not in without_online}
     return Model(
         replace(shape, tied_embeddings=False),
-        _RotatedWeights(model.weights, shape, rotations),
+        _RotatedWeights(model.weights, shape, rotations, frozenset(reads)),
         {**model.reads, **reads},
     )
 
@@ -167,6 +171,7 @@ class _RotatedWeights:
     source: ModelWeights
     shape: ModelShape
     rotations: Rotations
+    online: frozenset[str]  # weights behind an online rotation
     _gains: dict[str, Tensor] = field(default_factory=dict)
 
     def format(self, name: str) -> WeightFormat | None:
@@ -198,7 +203,7 @@ class _RotatedWeights:
         if linear == "self_attn.o_proj" and self.rotations.heads:
             heads = weight.unflatten(1, (self.shape.num_heads, self.shape.head_dim))
             weight = (heads @ self.rotations.heads[layer]).flatten(1)
-        if linear == "mlp.down_proj" and self.rotations.down is not None:
+        if name in self.online and self.rotations.down is not None:
             weight = transform(weight, self.rotations.down)
         if linear in _TO_RESIDUAL and self.rotations.residual is not None:
             weight = self.rotations.residual.T @ weight

