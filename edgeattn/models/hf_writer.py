@@ -91,7 +91,7 @@ def write_weights(
 
     Args:
         folder: where the files go; it exists.
-        model: not fused.
+        model: not fused, and without online rotations, which no file can say.
         config: of the source checkpoint.
         dtype: of the files, as in a recipe.
         shard_bytes: of tensors in one file at most, unless a single one is larger.
@@ -103,6 +103,7 @@ def write_weights(
     Raises:
         CheckpointError: a weight overflows `dtype`.
     """
+    assert all(read.rotation is None for read in model.reads.values())
     size = TORCH_DTYPES[dtype].itemsize
     tensors = stored_tensors(model.shape, config)
     total, done = size * sum(math.prod(tensor.shape) for tensor in tensors), 0

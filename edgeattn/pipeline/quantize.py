@@ -99,7 +99,7 @@ def quantize_checkpoint(
 
     Args:
         model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
-        recipe: what is asked for; target, context, batch and logits play no part. Without a dtype
+        recipe: what is asked for; target, shapes and evaluation text play no part. Without a dtype
             the files are fp32, which holds dequantised weights as they are. fp16 and bf16 round
             scales and weights as a bundle in that dtype does.
         output: the Hugging Face directory to write.
@@ -132,7 +132,7 @@ def quantize_checkpoint(
 def _lowering(recipe: Recipe) -> Lowering:
     """Scheme and dtype; with projections apart, as they are stored."""
     scheme = recipe.scheme
-    if scheme.online:
+    if scheme.online and scheme.rotation != "none":
         settings = [item for item in scheme.settings if not item.startswith("online=")]
         raise LoweringError(
             expected="a scheme whose rotations lie in the weights, all that a checkpoint carries",
