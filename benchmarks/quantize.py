@@ -53,7 +53,7 @@ def measure(scheme: str, calibration: Path, windows: int, text: str, folder: Pat
     if parse_scheme(scheme).needs_calibration:
         command += ["--calibration", str(calibration), "--calibration-windows", str(windows)]
     usage = run_process(command)
-    report = json.loads((bundle / "report" / "report.json").read_text())
+    report = json.loads((bundle / "report.json").read_text())
     found = perplexity(Session.open(bundle, exact=True), text, windows=12)
     return {
         "perplexity": round(found.perplexity, 3),
@@ -93,9 +93,13 @@ def main() -> None:
             print(scheme, shown, flush=True)
     if "onnxruntime-genai int4" not in results:
         results["onnxruntime-genai int4"] = genai(text)
-    missed = [s for s, goal in GOALS.items() if goal and results[s]["perplexity"] > goal]
-    missed += [s for s, goal in SECONDS_GOAL.items() if results[s]["wall_s"] > goal]
-    missed += [s for s, goal in MEMORY_GOAL_MB.items() if results[s]["peak_rss_mb"] > goal]
+    bounds = {"perplexity": GOALS, "wall_s": SECONDS_GOAL, "peak_rss_mb": MEMORY_GOAL_MB}
+    missed = [
+        f"{scheme}: {figure}"
+        for figure, goals in bounds.items()
+        for scheme, goal in goals.items()
+        if scheme in results and goal is not None and results[scheme][figure] > goal
+    ]
     write_result(
         "quantize",
         {
@@ -104,11 +108,7 @@ def main() -> None:
             "calibration_windows": arguments.calibration_windows,
             "text": arguments.text.name,
             "results": results,
-            "goals": {
-                "perplexity": GOALS,
-                "wall_s": SECONDS_GOAL,
-                "peak_rss_mb": MEMORY_GOAL_MB,
-            },
+            "goals": bounds,
             "missed": missed,
         },
     )

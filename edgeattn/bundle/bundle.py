@@ -23,6 +23,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENAI_CONFIG = "genai_config.json"
 GOLDEN = "golden/decoder.npz"
+ROTATIONS = "rotations.safetensors"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report/index.html"
 

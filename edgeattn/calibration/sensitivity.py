@@ -6,7 +6,7 @@ layer is loaded once and memory holds one layer and a residual stream per trial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -128,18 +128,17 @@ def _trials(
         units = [names] if scheme.activation_bits is not None else [(name,) for name in names]
         for unit in units:
             stream = plain.clone()
-            with _quantized([linear_of(layer, name) for name in unit], unit, scheme, bounds[number]):
+            linears = {name: linear_of(layer, name) for name in unit}
+            with _quantized(linears, scheme, bounds[number]):
                 run_layer(layer, stream, shared, shape)
             yield unit, stream
 
 
 @contextmanager
-def _quantized(
-    linears: Sequence[Linear], names: Sequence[str], scheme: Scheme, bound: float
-) -> Iterator[None]:
+def _quantized(linears: Mapping[str, Linear], scheme: Scheme, bound: float) -> Iterator[None]:
     """Linear layers as the scheme would have them, for a while."""
-    before = [(linear.weight.data, linear.reads) for linear in linears]
-    for linear, name in zip(linears, names, strict=True):
+    before = [(linear.weight.data, linear.reads) for linear in linears.values()]
+    for name, linear in linears.items():
         format = scheme.format_of(name)
         if scheme.activation_bits is not None:
             linear.reads = replace(linear.reads, scale=bound / INT8_HIGH)
@@ -149,5 +148,5 @@ def _quantized(
     try:
         yield
     finally:
-        for linear, (weight, reads) in zip(linears, before, strict=True):
+        for linear, (weight, reads) in zip(linears.values(), before, strict=True):
             linear.weight.data, linear.reads = weight, reads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,7 @@ def _show_report(report: ExportReport) -> None:
     click.echo(f"{report.path}: {report.graph.nodes} nodes, {size:.1f} MB of weights ({seconds})")
     if not (report.path / "tokenizer.json").is_file():
         click.echo("no tokenizer.json in the checkpoint: applications must bring token ids")
+    _show_transforms(report.transforms)
     if report.verification is None:
         click.echo("not verified (--no-verify)")
         return
@@ -152,3 +154,16 @@ def _show_report(report: ExportReport) -> None:
             f"{found.top1_agreement:.1%} of {found.tokens} times"
         )
     click.echo(f"report: {report.path / 'report' / 'index.html'}")
+
+
+def _show_transforms(notes: Mapping[str, Any]) -> None:
+    for name, found in notes.items():
+        if not isinstance(found, Mapping):
+            click.echo(f"{name}: {found}")
+        elif not name.startswith("sensitivity"):  # a long table; it is in the report
+            values = (f"{key} {_shown(value)}".strip() for key, value in found.items())
+            click.echo(f"{name}: {', '.join(values)}")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

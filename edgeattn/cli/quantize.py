@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Write MODEL, rotated and quantised, as a checkpoint that plain transformers loads.
 
-    MODEL is what `edgeattn export` takes. The weights are dequantised: the files are as large as
-    those of the original, and any tool that reads checkpoints can judge what a scheme costs.
+    MODEL is what `edgeattn export` takes. The weights are dequantised: the copy is no smaller than
+    the original, but any tool that reads checkpoints can judge what a scheme costs.
 
     What was done is in edgeattn.json beside the weights. Work on a calibration text that was
     stopped goes on where it was when the same command runs again.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgeattn.bundle.bundle import ROTATIONS
 from edgeattn.calibration.sensitivity import Trial, choose_kept, measure_sensitivity
 from edgeattn.calibration.store import LayerStore
 from edgeattn.errors import UsageError
@@ -81,9 +82,8 @@ class CalibratedQuantizer:
         notes: dict[str, Any] = {"kind": "randomised Hadamard", "residual_width": shape.hidden_size}
         if start.down is not None:
             blocks = start.down.blocks
-            notes["online"] = (
-                f"Hadamard of {shape.intermediate_size} before down_proj, "
-                + ("full" if blocks == 1 else f"in {blocks} blocks, as no full one is known")
+            notes["online"] = f"Hadamard of {shape.intermediate_size} before down_proj, " + (
+                "full" if blocks == 1 else f"in {blocks} blocks, as no full one is known"
             )
         if rotations_file is not None:
             from edgeattn.calibration.rotations_file import load_rotations
@@ -92,6 +92,7 @@ class CalibratedQuantizer:
             return replace(loaded, down=start.down), {**notes, "kind": str(rotations_file.name)}
         if scheme.rotation != "learned":
             return start, notes
+        from edgeattn.calibration.rotations_file import save_rotations
         from edgeattn.transforms.learn import learn_rotations
 
         self.clock.start("learning rotations")
@@ -105,6 +106,7 @@ class CalibratedQuantizer:
             made_from=self.made_from,
             progress=self.clock.count,
         )
+        save_rotations(self._folder() / ROTATIONS, learned, self.made_from)
         return learned, {**notes, "kind": "learned", **report.to_dict()}
 
     def _quantize(
@@ -163,8 +165,9 @@ class CalibratedQuantizer:
         """rotation=auto: quantised with and without, whichever reads the text better."""
         rotated = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
         plain = replace(self, scheme=replace(self.scheme, rotation="none", online=False))
+        rotations = rotated._rotations(model, rotations_file)
         candidates = {
-            "rotated": rotated._quantize(model, rotated._rotations(model, rotations_file), "rotated"),
+            "rotated": rotated._quantize(model, rotations, "rotated"),
             "not rotated": plain._quantize(model, None, "plain"),
         }
         self.clock.start("comparing with and without rotation")
@@ -181,4 +184,3 @@ class CalibratedQuantizer:
     def _folder(self) -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
         return self.work
-

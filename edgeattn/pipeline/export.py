@@ -230,6 +230,9 @@ def _export(
     )
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_text_files(writer, checkpoint, lowering)
+    learned = work_folder(output) / layout.ROTATIONS
+    if learned.exists():  # for --rotations of a later command
+        writer.write(layout.ROTATIONS, learned.read_bytes())
     verification = None
     if verify:
         clock.start("proving the bundle")

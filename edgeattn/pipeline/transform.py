@@ -124,7 +124,21 @@ def _on_text(
     )
     rotations = Path(recipe.rotations) if recipe.rotations else None
     model, notes = quantizer.run(model, rotations)
-    return model, {"calibration": about, **notes}
+    return model, {**_quantized_before(checkpoint), "calibration": about, **notes}
+
+
+def _quantized_before(checkpoint: Checkpoint) -> dict[str, str]:
+    """A warning where the checkpoint's weights lie on a grid of fewer than 8 bits."""
+    types = checkpoint.identity.get("tensor_types", {})
+    low = sorted(name for name in types if name.startswith(("Q", "IQ")) and "8" not in name)
+    if not low:
+        return {}
+    return {
+        "warning": f"the checkpoint was quantised before ({', '.join(low)}): figures compare with "
+        "its dequantised weights, not with the original model, and rounding to nearest on nearly "
+        "the same grid loses less than it would on original weights, while a rotation leaves that "
+        "grid, so never rotate it without GPTQ"
+    }
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:

@@ -246,8 +246,8 @@ def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
     wrong = [c for c in agreement.comparisons if not c.passed]
     if not wrong:
         return ProofError(
-            expected=f"{agreement.backend} within KL {agreement.max_kl} nats of the torch reference",
-            came=f"the distribution of the next token differs by {agreement.kl:.3g} nats",
+            expected=f"{agreement.backend} within {agreement.max_kl} nats of the torch reference",
+            came=f"KL of the distribution of the next token is {agreement.kl:.3g} nats",
             todo="do not ship this graph; report it with the checkpoint's name",
             details=details,
         )
