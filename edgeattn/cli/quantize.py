@@ -78,3 +78,6 @@ def _show(report: QuantizeReport) -> None:
             "activations are not rounded in this copy, which a checkpoint cannot say; "
             "their scales are in edgeattn.json"
         )
+    if warning := report.transforms.get("warning"):
+        click.echo(f"warning: {warning}")
+    click.echo(f"report: {report.path / 'edgeattn.json'}")

@@ -190,6 +190,9 @@ def _write(
     for name, content in checkpoint.text.items():
         writer.write(name, content)
     writer.write(layout.CONFIG, _json(checkpoint_config(checkpoint.config, model.shape, dtype)))
+    learned = work_folder(output) / layout.ROTATIONS
+    if lowering.scheme.rotation == "learned" and learned.exists():
+        writer.write(layout.ROTATIONS, learned.read_bytes())
     if checkpoint.generation_config:
         writer.write(layout.GENERATION_CONFIG, _json(checkpoint.generation_config))
     scales = {name: read.scale for name, read in model.reads.items() if read.scale is not None}

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgeattn.bundle import bundle as layout
 from edgeattn.calibration.store import LayerStore
 from edgeattn.devices.registry import parse_target
 from edgeattn.models import hf_writer
@@ -29,8 +30,8 @@ from edgeattn.models.families import parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, load_decoder, rounded
 from edgeattn.pipeline import quantize_checkpoint
 from edgeattn.pipeline.clock import Clock
-from edgeattn.pipeline.transform import transform
-from edgeattn.planner.lowering import plan_lowering
+from edgeattn.pipeline.transform import Transformed, transform
+from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
 TOLERANCE = 1e-4
@@ -165,6 +166,30 @@ def test_int8_activations_are_left_out(
     assert about["activations"] == "not rounded in this copy"
     assert about["activation_scales"] == {n: read.scale for n, read in model.reads.items()}
     assert len(about["activation_scales"]) == 3 * 7
+
+
+def test_learned_rotations_are_kept(
+    checkpoint: Callable[[str], Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For --rotations of a later command; transformers looks past the file."""
+
+    def learning(
+        checkpoint: Any, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
+    ) -> Transformed:
+        work.mkdir()
+        (work / layout.ROTATIONS).write_bytes(b"learned")
+        scheme = replace(lowering.scheme, rotation="none", method="rtn")
+        return transform(checkpoint, recipe, replace(lowering, scheme=scheme), work, clock)
+
+    monkeypatch.setattr("edgeattn.pipeline.quantize.transform", learning)
+    copy, quant = tmp_path / "copy", "w4a16-spinquant-learned:group=32"
+    quantize_checkpoint(checkpoint("llama"), Recipe("cpu", quant, calibration=str(text)), copy)
+    assert (copy / layout.ROTATIONS).read_bytes() == b"learned"
+    assert names(tmp_path) == ["copy", "text.txt"]
+    assert their_logits(copy, torch.arange(9).unsqueeze(0)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
