@@ -1,0 +1,189 @@
+"""A model run layer by layer gives what the whole decoder gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor
+
+from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.models.decoder import Decoder
+from edgeattn.models.families import parameter_names
+from edgeattn.models.model import Model, ModelWeights, load_decoder, load_layer, model_of
+from edgeattn.models.stream import (
+    BATCH,
+    Head,
+    batches,
+    embed_windows,
+    final_hidden,
+    no_past,
+    run_layer,
+    window_inputs,
+)
+from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.scheme import WeightFormat, parse_scheme
+from edgeattn.transforms.quantize import quantize
+from edgeattn.transforms.rotate import hadamard_rotations, rotate
+
+# Families with something of their own on the way: windows, layers without positions, softcaps.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3"},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 4},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "gemma2": {
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 4,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_hidden_layers": 5,
+        "sliding_window": 4,
+        "sliding_window_pattern": 3,
+    },
+}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, random_checkpoint: Callable[..., Path]) -> Model:
+    return model_of(open_checkpoint(random_checkpoint(**MODELS[request.param])))
+
+
+@pytest.fixture
+def llama(tiny_checkpoint: Path) -> Model:
+    return model_of(open_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(0, 272, (BATCH + 1, 15))  # a full batch of windows, and a rest
+
+
+def whole(model: Model) -> Decoder:
+    return load_decoder(model, weight_dtype=torch.float32, compute_dtype=torch.float32)
+
+
+@torch.inference_mode()
+def run_whole(decoder: Decoder, windows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits, and the residual stream before and behind each layer."""
+    rows, length = windows.shape
+    positions = torch.arange(length).expand(rows, -1)
+    output = decoder(windows, torch.ones_like(windows), positions, decoder.empty_cache(rows))
+    return output.logits, output.hidden
+
+
+def test_layer_by_layer_equals_the_decoder(model: Model, windows: Tensor) -> None:
+    logits, hidden = run_whole(whole(model), windows)
+    stream = embed_windows(model, windows)
+    torch.testing.assert_close(stream, hidden[0])
+    shared = window_inputs(model.shape, windows.shape[1])
+    for index in range(model.shape.num_layers):
+        layer = load_layer(model, index, weight_dtype=torch.float32)
+        run_layer(layer, stream, shared[model.shape.layer_kind(index)], model.shape)
+        torch.testing.assert_close(stream, hidden[index + 1], atol=TOLERANCE, rtol=1e-5)
+    torch.testing.assert_close(Head(model).logits(stream), logits, atol=TOLERANCE, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quant", ["w8-rtn", "w4-rtn:group=32"])
+def test_quantised_and_rotated_models_too(llama: Model, windows: Tensor, quant: str) -> None:
+    rotated = rotate(llama, hadamard_rotations(llama.shape, online=True))
+    reads = {
+        name: replace(read, scale=0.02 * (i + 1))
+        for i, (name, read) in enumerate(rotated.reads.items())
+    }
+    scheme = parse_scheme(quant)
+    model = replace(quantize(rotated, scheme, scale_dtype=torch.float32), reads=reads)
+    logits, _ = run_whole(whole(model), windows)
+    found = Head(model).logits(final_hidden(model, windows))
+    # A number on the other side of a boundary is a step further on.
+    assert (found - logits).abs().mean() < 1e-3 * logits.abs().mean()
+    other = Head(llama).logits(final_hidden(llama, windows))
+    assert (found - other).abs().mean() > 1e-2 * logits.abs().mean()
+
+
+def test_rows_do_not_influence_each_other(model: Model, windows: Tensor) -> None:
+    together = final_hidden(model, windows)
+    for row, ids in enumerate(windows):
+        alone = final_hidden(model, ids.unsqueeze(0))[0]
+        torch.testing.assert_close(together[row], alone, atol=TOLERANCE, rtol=1e-5)
+
+
+def test_losses_are_the_mean_cross_entropies_of_the_next_token(
+    model: Model, windows: Tensor
+) -> None:
+    logits, _ = run_whole(whole(model), windows)
+    found = Head(model).losses(final_hidden(model, windows), windows)
+    for row, ids in enumerate(windows.tolist()):
+        likely = logits[row].double().log_softmax(-1)
+        losses = [-float(likely[place, token]) for place, token in enumerate(ids[1:])]
+        assert float(found[row]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_a_layer_changes_the_stream_in_place(llama: Model, windows: Tensor) -> None:
+    stream = embed_windows(llama, windows)
+    before, place = stream.clone(), stream.data_ptr()
+    layer = load_layer(llama, 0, weight_dtype=torch.float32)
+    shared = window_inputs(llama.shape, windows.shape[1])
+    run_layer(layer, stream, shared[llama.shape.layer_kind(0)], llama.shape)
+    assert stream.data_ptr() == place
+    assert not torch.equal(stream, before)
+
+
+def test_batches_are_views_of_a_few_windows_each() -> None:
+    stream = torch.zeros(2 * BATCH + 1, 3, 5)
+    rows = list(batches(stream))
+    assert [len(part) for part in rows] == [BATCH, BATCH, 1]
+    rows[1] += 1
+    assert stream[BATCH : 2 * BATCH].min() == 1
+    assert stream.sum() == rows[1].numel()
+
+
+def test_no_past_is_an_empty_cache(llama: Model) -> None:
+    keys, values = no_past(llama.shape, 3, dtype=torch.float16)
+    assert keys.shape == values.shape == (3, 2, 0, 16)
+    assert keys.dtype == torch.float16
+
+
+def test_progress_counts_layers(llama: Model, windows: Tensor) -> None:
+    seen: list[tuple[int, int]] = []
+    final_hidden(llama, windows, progress=lambda *counts: seen.append(counts))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    source: ModelWeights
+    seen: list[str] = field(default_factory=list)
+
+    def format(self, name: str) -> WeightFormat | None:
+        return self.source.format(name)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        self.seen.append(name)
+        return self.source.read(name)
+
+
+def test_every_weight_is_read_once_and_layer_by_layer(
+    random_checkpoint: Callable[..., Path], windows: Tensor
+) -> None:
+    path = random_checkpoint(tie_word_embeddings=False)
+    model = model_of(open_checkpoint(path))
+    counted = _Counted(model.weights)
+    watched = replace(model, weights=counted)
+    hidden = final_hidden(watched, windows)
+    Head(watched).logits(hidden)
+    assert counted.seen == list(parameter_names(model.shape))
