@@ -1,0 +1,208 @@
+"""Finished layers on disk: whole or not there, and never those of other work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from edgeattn.calibration import store as module
+from edgeattn.calibration.store import LayerStore, StoredLinear
+from edgeattn.errors import UsageError
+from edgeattn.quant.affine import quantize_symmetric
+from edgeattn.quant.scheme import WeightFormat
+
+MADE_FROM = {"checkpoint": "abc", "scheme": "w8a8", "windows": 4, "dtype": "fp16"}
+FORMATS = {
+    "self_attn.q_proj": (WeightFormat(4, 32), None),
+    "self_attn.o_proj": (WeightFormat(8), 0.0123456789),
+    "mlp.down_proj": (WeightFormat(4), 1e-6),
+}
+
+
+def linears(dtype: torch.dtype = torch.float32) -> dict[str, StoredLinear]:
+    return {
+        name: StoredLinear(
+            quantize_symmetric(torch.randn(6, 64), format, clip="mse", scale_dtype=dtype), scale
+        )
+        for name, (format, scale) in FORMATS.items()
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LayerStore:
+    return LayerStore(tmp_path / "work", MADE_FROM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_written_is_read_back_bit_for_bit(
+    store: LayerStore, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    written = {layer: linears(dtype) for layer in (0, 3)}
+    for layer, content in written.items():
+        store.write(layer, content)
+    again = LayerStore(tmp_path / "work", dict(reversed(MADE_FROM.items())))
+    for layer, content in written.items():
+        found = again.read(layer)
+        assert list(found) == list(content)
+        for name, linear in content.items():
+            assert torch.equal(found[name].weight.qdata, linear.weight.qdata)
+            assert torch.equal(found[name].weight.scale, linear.weight.scale)
+            assert found[name].weight.scale.dtype == dtype
+            assert found[name].weight.format == linear.weight.format
+            assert found[name].input_scale == linear.input_scale
+
+
+def test_transposed_and_sliced_tensors_are_stored_as_they_look(store: LayerStore) -> None:
+    whole = quantize_symmetric(torch.randn(8, 64), WeightFormat(8), clip="max")
+    part = module.QuantizedTensor(whole.qdata[::2], whole.scale[::2], whole.format)
+    store.write(0, {"mlp.down_proj": StoredLinear(part)})
+    assert torch.equal(store.read(0)["mlp.down_proj"].weight.qdata, whole.qdata[::2])
+
+
+def test_layers_are_there_when_they_are_written(store: LayerStore) -> None:
+    assert not store.has(0)
+    store.write(1, linears())
+    assert [store.has(layer) for layer in range(3)] == [False, True, False]
+    store.write(0, linears())
+    assert [store.has(layer) for layer in range(3)] == [True, True, False]
+
+
+def test_weights_and_formats_by_the_names_of_parameters(store: LayerStore) -> None:
+    content = linears()
+    store.write(2, content)
+    for name, linear in content.items():
+        weight = store.weight(f"layers.2.{name}.weight")
+        assert weight is not None
+        assert torch.equal(weight.qdata, linear.weight.qdata)
+        assert store.format(f"layers.2.{name}.weight") == linear.weight.format
+    scales = {name: scale for name, (_, scale) in FORMATS.items() if scale is not None}
+    assert store.input_scales(2) == scales
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embed_tokens.weight",
+        "norm.weight",
+        "lm_head.weight",
+        "layers.2.input_layernorm.weight",
+        "layers.2.self_attn.q_norm.weight",
+        "layers.2.self_attn.q_proj.bias",
+        "layers.2.self_attn.k_proj.weight",  # not among those written
+    ],
+)
+def test_other_parameters_are_not_in_it(store: LayerStore, name: str) -> None:
+    store.write(2, linears())
+    assert store.weight(name) is None
+    assert store.format(name) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**MADE_FROM, "scheme": "w8a8:keep=0"},
+        {**MADE_FROM, "windows": 5},
+        {**MADE_FROM, "more": None},
+        {"checkpoint": "abc"},
+        {},
+    ],
+)
+def test_layers_made_from_something_else_are_refused(
+    store: LayerStore, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    store.write(0, linears())
+    before = snapshot(tmp_path / "work")
+    with pytest.raises(UsageError, match="delete the folder") as caught:
+        LayerStore(tmp_path / "work", other)
+    assert str(tmp_path / "work") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path / "work") == before, "nothing is lost by a refusal"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_a_truncated_layer_is_refused(store: LayerStore, tmp_path: Path, left: int) -> None:
+    store.write(0, linears())
+    (file,) = (tmp_path / "work").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:left])
+    calls = (
+        lambda: store.read(0),
+        lambda: store.input_scales(0),
+        lambda: store.weight("layers.0.mlp.down_proj.weight"),
+        lambda: store.format("layers.0.mlp.down_proj.weight"),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match="delete the folder and start again") as caught:
+            call()
+        assert file.name in str(caught.value)
+
+
+def test_a_foreign_file_is_refused(store: LayerStore, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "work" / "layer-0000.safetensors")
+    with pytest.raises(UsageError, match="does not read"):
+        store.read(0)
+
+
+def test_nothing_half_written_is_taken_for_a_layer(
+    store: LayerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up in the middle of a file."""
+    save = module.save_file
+
+    def stops(tensors: Any, path: Path, **options: Any) -> None:
+        save(tensors, path, **options)
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError("no space left on device")
+
+    first = linears()
+    store.write(0, first)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", stops)
+        for layer in (0, 1):
+            with pytest.raises(OSError, match="no space"):
+                store.write(layer, linears())
+    assert not store.has(1)
+    kept = store.read(0)["mlp.down_proj"].weight
+    assert torch.equal(kept.qdata, first["mlp.down_proj"].weight.qdata), "the old one is whole"
+    again = LayerStore(tmp_path / "work", MADE_FROM)
+    second = linears()
+    again.write(1, second)
+    assert again.has(1)
+    found = again.read(1)["self_attn.o_proj"].weight
+    assert torch.equal(found.qdata, second["self_attn.o_proj"].weight.qdata)
+
+
+def test_a_result_is_made_once_and_remembered(store: LayerStore, tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> Any:
+        made.append(1)
+        return [{"linears": ["a", "b"], "increase": 0.1}, None, 3]
+
+    expected = [{"linears": ["a", "b"], "increase": 0.1}, None, 3]
+    assert store.remembered("sensitivity", make) == expected
+    assert store.remembered("sensitivity", make) == expected
+    assert LayerStore(tmp_path / "work", MADE_FROM).remembered("sensitivity", make) == expected
+    assert len(made) == 1
+    store.remembered("another", make)
+    assert len(made) == 2
+
+
+def test_a_result_that_failed_is_made_again(store: LayerStore) -> None:
+    def fails() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.remembered("sensitivity", fails)
+    assert store.remembered("sensitivity", lambda: [1]) == [1]
