@@ -1,0 +1,211 @@
+"""Every scheme from checkpoint to proven bundle, on a trained model that was never quantised."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from edgeattn.bundle.bundle import Bundle
+from edgeattn.engine.tensorrt_rtx import is_available
+from edgeattn.errors import EdgeattnError, ProofError, RuntimeInputError, UsageError
+from edgeattn.pipeline import export, plan_export
+from edgeattn.quant.scheme import SCHEMES
+from edgeattn.recipe import Recipe
+
+# The down projections have 172 inputs, which no group divides.
+FOUR_BITS = ":group=32,down_proj=w8"
+CALIBRATED = {
+    "w4a16-gptq": FOUR_BITS,
+    "w4a16-spinquant": FOUR_BITS,
+    "w8a8": "",
+    "w8a8-spinquant": "",
+}
+TARGETS = ("cpu", "jetson-orin")
+WINDOWS = 8
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
+
+@pytest.fixture(scope="module")
+def texts(shared_dir: Path) -> dict[str, str]:
+    folder = shared_dir / "data" / "austen"
+    if not folder.is_dir():
+        pytest.skip("no novels in shared/data")
+    names = {"calibration": "emma.txt", "eval_text": "pride_and_prejudice.txt"}
+    return {key: str(folder / name) for key, name in names.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(
+    stories260k: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Bundle]:
+    """A function from scheme and target to a proven bundle, made once."""
+    made: dict[tuple[str, str], Bundle] = {}
+
+    def make(scheme: str, target: str) -> Bundle:
+        if (scheme, target) not in made:
+            path = tmp_path_factory.mktemp("scheme") / "bundle"
+            group = target != "cpu" and FOUR_BITS.replace("32", "64")
+            quant = scheme + (group if group and CALIBRATED[scheme] else CALIBRATED[scheme])
+            recipe = Recipe(target, quant=quant, calibration_windows=WINDOWS, **texts)
+            export(stories260k, recipe, path)
+            made[scheme, target] = Bundle.open(path)
+        return made[scheme, target]
+
+    return make
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_every_calibrated_scheme_is_proven_and_builds(
+    exported: Callable[[str, str], Bundle], scheme: str, target: str
+) -> None:
+    bundle = exported(scheme, target)
+    assert bundle.manifest.verification.status == "passed"
+    if target != "cpu" and is_available():
+        assert bundle.manifest.verification.tensorrt == "built"
+    quality = bundle.manifest.quality
+    assert quality is not None
+    assert quality["increase"] < (0.02 if "w8" in scheme else 0.06)
+    assert 0 <= quality["kl"] < 0.3
+
+
+def test_all_calibrated_schemes_are_here() -> None:
+    """The learned rotations have tests of their own: learning takes long."""
+    calibrated = {name for name, scheme in SCHEMES.items() if scheme.needs_calibration}
+    assert calibrated - set(CALIBRATED) == {"w4a16-spinquant-learned"}
+
+
+def test_the_report_tells_what_was_done(exported: Callable[[str, str], Bundle]) -> None:
+    notes = exported("w8a8-spinquant", "cpu").json("report.json")["transforms"]
+    assert notes["rotation"]["logit_difference"] < 1e-3 * notes["rotation"]["logit_rms"]
+    assert notes["rotation"]["orthogonality_error"] < 1e-12
+    assert "43 blocks" in notes["rotation"]["online"]
+    assert notes["calibration"]["windows"] == WINDOWS
+    assert len(notes["sensitivity (nats)"]) > 10
+    html = exported("w8a8-spinquant", "cpu").path / "report" / "index.html"
+    assert "43 blocks" in html.read_text("utf-8")
+
+
+def test_auto_keeps_what_reads_the_text_better(
+    stories260k: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
+    quant = f"w4a16-spinquant{FOUR_BITS},rotation=auto"
+    recipe = Recipe(
+        "cpu", quant=quant, calibration=texts["calibration"], calibration_windows=WINDOWS
+    )
+    report = export(stories260k, recipe, tmp_path / "bundle", verify=False)
+    found = report.transforms["rotation=auto"]
+    least = min(found["perplexity rotated"], found["perplexity not rotated"])
+    assert found[f"perplexity {found['chosen']}"] == least
+    assert ("rotation" in report.transforms) == (found["chosen"] == "rotated")
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def recipe_of(texts: dict[str, str], **fields: Any) -> Recipe:
+    values = {"quant": f"w4a16-gptq{FOUR_BITS}", "calibration": texts["calibration"]}
+    return Recipe("cpu", **{"calibration_windows": 2, **values, **fields})
+
+
+def test_a_budget_that_is_missed_leaves_no_bundle(
+    stories260k: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = recipe_of(texts, eval_text=texts["eval_text"], max_ppl_increase="0%")
+    with pytest.raises(ProofError, match="perplexity") as caught:
+        export(stories260k, recipe, tmp_path / "bundle", verify=False)
+    assert caught.value.details["increase"] > 0
+    assert "bundle" not in left_behind(tmp_path)
+    kept = recipe_of(texts, eval_text=texts["eval_text"], max_ppl_increase="50%")
+    report = export(stories260k, kept, tmp_path / "bundle", verify=False)
+    assert report.quality is not None
+    assert report.quality.increase == pytest.approx(caught.value.details["increase"])
+    assert left_behind(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "part"),
+    [
+        ({"calibration": None}, UsageError, "pass --calibration FILE"),
+        ({"calibration_windows": 10**6}, EdgeattnError, "windows"),
+        ({"max_ppl_increase": "10%"}, UsageError, "--eval-text"),
+        ({"max_ppl_increase": "much"}, UsageError, "10%"),
+        ({"quant": "w4a16-gptq:group=32"}, EdgeattnError, "down_proj=w8"),
+        ({"rotations": "learned.safetensors"}, UsageError, "a scheme that rotates"),
+    ],
+)
+def test_refusals_come_in_a_sentence_and_leave_nothing(
+    stories260k: Path,
+    texts: dict[str, str],
+    tmp_path: Path,
+    fields: dict[str, Any],
+    error: type[EdgeattnError],
+    part: str,
+) -> None:
+    with pytest.raises(error, match=part):
+        export(stories260k, recipe_of(texts, **fields), tmp_path / "bundle")
+    assert left_behind(tmp_path) == []
+
+
+def test_a_dry_run_asks_for_the_text_too(stories260k: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--calibration"):
+        plan_export(stories260k, Recipe("cpu", quant="w8a8"), tmp_path / "bundle")
+
+
+def test_stopped_work_goes_on_and_refuses_another_recipe(
+    stories260k: Path,
+    texts: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from edgeattn.calibration.store import LayerStore
+
+    write = LayerStore.write
+
+    def stop_after_two(self: LayerStore, layer: int, linears: Any) -> None:
+        write(self, layer, linears)
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    whole = export(stories260k, recipe_of(texts), tmp_path / "whole", verify=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStore, "write", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            export(stories260k, recipe_of(texts), tmp_path / "bundle", verify=False)
+    assert left_behind(tmp_path) == [".bundle.layers", "whole"]
+    with pytest.raises(UsageError, match="another model, recipe or calibration text"):
+        export(stories260k, recipe_of(texts, calibration_windows=3), tmp_path / "bundle")
+    written: list[int] = []
+    monkeypatch.setattr(
+        LayerStore, "write", lambda *arguments: (written.append(arguments[1]), write(*arguments))
+    )
+    resumed = export(stories260k, recipe_of(texts), tmp_path / "bundle", verify=False)
+    assert written == [2, 3, 4]
+    assert resumed.graph.weight_sha256 == whole.graph.weight_sha256
+    assert left_behind(tmp_path) == ["bundle", "whole"]
+
+
+def test_a_text_of_other_bytes_is_refused(stories260k: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes("Déjà vu, größer als".encode("latin-1") * 1000)
+    with pytest.raises((UsageError, RuntimeInputError), match="UTF-8"):
+        export(
+            stories260k, recipe_of({"calibration": str(text)}), tmp_path / "bundle", verify=False
+        )
+
+
+def test_quality_is_a_number_in_the_manifest(exported: Callable[[str, str], Bundle]) -> None:
+    bundle = exported("w4a16-spinquant", "cpu")
+    stored = json.loads((bundle.path / "manifest.json").read_text())["quality"]
+    assert math.isclose(
+        stored["increase"], stored["perplexity"] / stored["reference_perplexity"] - 1
+    )
