@@ -97,7 +97,7 @@ def choose_kept(trials: Sequence[Trial], share: float, linears: int) -> frozense
 
     A trial that does not raise the loss is never kept.
     """
-    left, kept = int(share * linears), set()
+    left, kept = int(share * linears), set[str]()
     for trial in trials:
         if trial.increase > 0 and len(trial.linears) <= left:
             kept.update(trial.linears)

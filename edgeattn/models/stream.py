@@ -62,7 +62,7 @@ def final_hidden(
 
 def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs, shape: ModelShape) -> None:
     """Passes `hidden` `[N, L, hidden]` through one layer, in place."""
-    for rows in hidden.split(BATCH):
+    for rows in batches(hidden):
         past = no_past(shape, len(rows), dtype=rows.dtype)
         rows.copy_(layer(rows, shared, past)[0])
 
@@ -103,4 +103,4 @@ class Head:
 
 def batches(hidden: Tensor) -> Iterator[Tensor]:
     """`hidden` `[N, L, …]` a few windows at a time, as views."""
-    yield from hidden.split(BATCH)
+    yield from torch.split(hidden, BATCH)

@@ -87,7 +87,7 @@ def transform(
     from edgeattn.transforms.fuse import fuse_projections
     from edgeattn.transforms.quantize import quantize
 
-    model, notes = model_of(checkpoint), {}
+    model, notes = model_of(checkpoint), dict[str, Any]()
     context = lowering.context or checkpoint.shape.max_context
     model = replace(model, shape=model.shape.within(context))
     scheme, scale_dtype = lowering.scheme, TORCH_DTYPES[lowering.dtype]

@@ -36,4 +36,3 @@ AS_IT_IS = LinearInput()
 def round_to_int8(x: Tensor, scale: float) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x, scale)) of ONNX with int8 and zero point 0."""
     return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH).mul_(scale)
-

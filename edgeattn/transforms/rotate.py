@@ -201,7 +201,7 @@ class _RotatedWeights:
         if linear == "self_attn.v_proj":
             weight = self._heads_of_rows(weight, layer)
         if linear == "self_attn.o_proj" and self.rotations.heads:
-            heads = weight.unflatten(1, (self.shape.num_heads, self.shape.head_dim))
+            heads = torch.unflatten(weight, 1, (self.shape.num_heads, self.shape.head_dim))
             weight = (heads @ self.rotations.heads[layer]).flatten(1)
         if name in self.online and self.rotations.down is not None:
             weight = transform(weight, self.rotations.down)
@@ -219,8 +219,9 @@ class _RotatedWeights:
         """R2ᵀ on the rows of every KV head."""
         if not self.rotations.heads:
             return weight
-        heads = weight.unflatten(0, (self.shape.num_kv_heads, self.shape.head_dim))
-        return (self.rotations.heads[layer].T @ heads).flatten(0, 1)
+        heads = torch.unflatten(weight, 0, (self.shape.num_kv_heads, self.shape.head_dim))
+        rotated: Tensor = self.rotations.heads[layer].T @ heads
+        return rotated.flatten(0, 1)
 
     def _into_residual(self, weight: Tensor) -> Tensor:
         residual = self.rotations.residual

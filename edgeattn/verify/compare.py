@@ -177,7 +177,7 @@ def _use(comparison: Comparison) -> float:
 def distribution_agreement(
     found: Tensors, expected: Mapping[str, np.ndarray]
 ) -> tuple[float, float]:
-    """Share of equal most likely tokens, and mean KL(expected || found) in nats, over all logits."""
+    """Share of equal most likely tokens, and mean KL(expected || found) in nats, of all logits."""
     same, divergence, count = 0, 0.0, 0
     for name, reference in expected.items():
         value = found.get(name)
