@@ -92,8 +92,9 @@ class _Inserter:
         if name not in self._constants:
             if array.dtype != np.int8:
                 array = array.astype(self._dtype.numpy())
-            value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(name=name, const_value=tensor)
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
             self._graph.register_initializer(value)
             self._constants[name] = value
         return self._constants[name]

@@ -68,7 +68,8 @@ class MLP(nn.Module):
             gate = nn.functional.silu(gate)
         else:
             gate = nn.functional.gelu(gate, approximate="tanh")
-        return gate * up
+        product: Tensor = gate * up
+        return product
 
 
 class DecoderLayer(nn.Module):
