@@ -1,0 +1,452 @@
+"""Quantising on a text: against a naive run of the same steps, and what each option changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, nn
+
+from edgeattn.calibration.store import LayerStore
+from edgeattn.calibration.walk import STAGES
+from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.models.decoder import Decoder
+from edgeattn.models.families import EMBEDDING, LM_HEAD, parameter_names
+from edgeattn.models.linear import Linear, linear_of
+from edgeattn.models.model import Model, ModelWeights, load_decoder, load_layer, model_of
+from edgeattn.models.stream import BATCH, embed_windows, final_hidden, run_layer, window_inputs
+from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.gptq import Hessian, gptq
+from edgeattn.quant.scheme import INT8_PER_CHANNEL, Scheme, WeightFormat, parse_scheme
+from edgeattn.transforms.calibrate import quantize_on_text, stored_model
+from edgeattn.transforms.fuse import fuse_projections
+from edgeattn.transforms.quantize import quantize
+from edgeattn.transforms.rotate import hadamard_rotations, rotate
+
+SCHEMES = [
+    "w4a16-gptq:group=32",
+    "w4a16-gptq:group=32,down_proj=w8,order=act",
+    "w8a8",
+    "w8a8-spinquant",
+]
+QKV, GATE_UP, DOWN, OUTPUT = STAGES[0], STAGES[2], "mlp.down_proj", "self_attn.o_proj"
+
+
+@pytest.fixture
+def llama(tiny_checkpoint: Path) -> Model:
+    return model_of(open_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(0, 272, (BATCH, 24))
+
+
+@pytest.fixture
+def quantized(tmp_path: Path, windows: Tensor) -> Callable[..., Model]:
+    """A function from a model and a scheme, or its text, to the quantised model."""
+
+    def run(model: Model, quant: str | Scheme, *, folder: str = "work", **options: Any) -> Model:
+        scheme = parse_scheme(quant) if isinstance(quant, str) else quant
+        keywords = {"scale_dtype": torch.float32, **options}
+        store = LayerStore(tmp_path / folder, {"scheme": scheme.label})
+        return quantize_on_text(basis(model, scheme), scheme, windows, store, **keywords)
+
+    return run
+
+
+def basis(model: Model, scheme: Scheme, kept: frozenset[str] = frozenset()) -> Model:
+    """The model as the scheme rotates it."""
+    if scheme.rotation == "none":
+        return model
+    rotations = hadamard_rotations(model.shape, online=scheme.online)
+    return rotate(model, rotations, without_online=kept)
+
+
+def linears(model: Model) -> list[str]:
+    names = model.shape.linears()
+    return [f"layers.{i}.{name}.weight" for i in range(model.shape.num_layers) for name in names]
+
+
+def read(model: Model, name: str) -> QuantizedTensor:
+    value = model.weights.read(name)
+    assert isinstance(value, QuantizedTensor), name
+    return value
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def step_by_step(
+    model: Model, scheme: Scheme, windows: Tensor
+) -> dict[str, tuple[QuantizedTensor, float]]:
+    """GPTQ as the paper does it: the whole layer runs anew before each group of linear layers.
+
+    Returns the weights and the largest input of each.
+    """
+    found: dict[str, tuple[QuantizedTensor, float]] = {}
+    hidden = embed_windows(model, windows)
+    shared = window_inputs(model.shape, windows.shape[1])
+    for index in range(model.shape.num_layers):
+        layer = load_layer(model, index, weight_dtype=torch.float32)
+        arguments = (shared[model.shape.layer_kind(index)], model.shape)
+        for names in STAGES:
+            inputs = captured(layer, partial(run_layer, layer, hidden.clone(), *arguments))
+            for name in names:
+                linear = linear_of(layer, name)
+                seen = linear.reads(inputs[name])
+                hessian = Hessian(seen.shape[-1])
+                hessian.add(seen)
+                format = scheme.format_of(name)
+                assert format is not None
+                weight = gptq(
+                    linear.weight,
+                    hessian.matrix,
+                    format,
+                    clip=scheme.clip,
+                    act_order=scheme.act_order,
+                )
+                found[f"layers.{index}.{name}.weight"] = weight, float(seen.abs().max())
+                linear.weight.copy_(weight.dequantize())
+        run_layer(layer, hidden, *arguments)
+    return found
+
+
+def captured(layer: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
+    """The inputs of every linear layer while `run` runs, by hooks."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda part, arguments: found.setdefault(name, []).append(arguments[0].clone())
+
+    hooks = [
+        part.register_forward_pre_hook(keep(name))
+        for name, part in layer.named_modules()
+        if isinstance(part, Linear)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(inputs) for name, inputs in found.items()}
+
+
+@pytest.mark.parametrize("order", ["natural", "act"])
+def test_each_layer_sees_what_the_quantised_ones_before_it_give(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model], order: str
+) -> None:
+    quant = f"w4a16-gptq:group=32,order={order}"
+    found = quantized(llama, quant)
+    expected = step_by_step(llama, parse_scheme(quant), windows)
+    assert list(expected) == linears(llama)
+    for name, (weight, _) in expected.items():
+        here = read(found, name)
+        assert (here.qdata != weight.qdata).float().mean() < 1e-3, name
+        torch.testing.assert_close(here.scale, weight.scale, rtol=1e-3, atol=0)
+
+
+def test_a_run_that_sees_unquantised_layers_would_be_noticed(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model]
+) -> None:
+    """Weights of a layer alone, behind layers in floating point, are others."""
+    quant = "w4a16-gptq:group=32"
+    found, name = quantized(llama, quant), "layers.2.self_attn.q_proj.weight"
+    decoder = whole(llama)
+    inputs = captured(decoder, lambda: run(decoder, windows))
+    hessian = Hessian(64)
+    hessian.add(inputs[name.removesuffix(".weight")])
+    weight = llama.weights.read(name)
+    assert isinstance(weight, Tensor)
+    alone = gptq(weight, hessian.matrix, WeightFormat(4, 32), clip="mse")
+    assert (read(found, name).qdata != alone.qdata).float().mean() > 0.02
+
+
+def whole(model: Model) -> Decoder:
+    return load_decoder(model, weight_dtype=torch.float32, compute_dtype=torch.float32)
+
+
+@torch.inference_mode()
+def run(decoder: Decoder, windows: Tensor) -> Tensor:
+    rows, length = windows.shape
+    positions = torch.arange(length).expand(rows, -1)
+    past = decoder.empty_cache(rows)
+    logits: Tensor = decoder(windows, torch.ones_like(windows), positions, past).logits
+    return logits
+
+
+@pytest.mark.parametrize("form", ["", ",down_proj=w8", ",order=act"])
+def test_gptq_loses_less_than_rounding_on_tokens_it_has_not_seen(
+    llama: Model, tmp_path: Path, form: str
+) -> None:
+    scheme = parse_scheme(f"w4a16-gptq:group=32{form}")
+    seen, unseen = torch.randint(0, 272, (32, 32)), torch.randint(0, 272, (8, 32))
+    expected = final_hidden(llama, unseen)
+    errors = {}
+    for method in ("gptq", "rtn"):
+        store = LayerStore(tmp_path / method, {})
+        with_method = replace(scheme, method=method)  # type: ignore[arg-type]
+        found = quantize_on_text(llama, with_method, seen, store, scale_dtype=torch.float32)
+        errors[method] = relative(final_hidden(found, unseen), expected)
+    assert errors["gptq"] < 0.9 * errors["rtn"]
+
+
+def test_rounding_to_nearest_on_a_text_is_rounding_to_nearest(
+    llama: Model, windows: Tensor, tmp_path: Path
+) -> None:
+    scheme = replace(parse_scheme("w4a16-gptq:group=32"), method="rtn")
+    store = LayerStore(tmp_path, {})
+    found = quantize_on_text(llama, scheme, windows, store, scale_dtype=torch.float16)
+    expected = quantize(llama, scheme, scale_dtype=torch.float16)
+    for name in linears(llama):
+        assert torch.equal(read(found, name).qdata, read(expected, name).qdata)
+        assert torch.equal(read(found, name).scale, read(expected, name).scale)
+
+
+class _Stop(Exception):
+    """What ends a run in the middle."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_a_run_that_goes_on_gives_the_same_as_one_that_was_never_stopped(
+    llama: Model, quantized: Callable[..., Model], tmp_path: Path, quant: str, after: int
+) -> None:
+    kept = frozenset(f"layers.1.{name}.weight" for name in QKV)
+    options = {"kept": kept, "scale_dtype": torch.float16}
+    expected = quantized(llama, quant, **options)
+
+    def stop(done: int, total: int) -> None:
+        if done == after:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        quantized(llama, quant, folder="stopped", progress=stop, **options)
+    files = sorted((tmp_path / "stopped").glob("*.safetensors"))
+    assert len(files) == after
+    times = [file.stat().st_mtime_ns for file in files]
+    found = quantized(llama, quant, folder="stopped", **options)
+    assert [file.stat().st_mtime_ns for file in files] == times, "finished layers stay"
+    for file in (tmp_path / "work").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes()
+    for name in parameter_names(expected.shape):
+        assert found.weights.format(name) == expected.weights.format(name)
+        assert same(found.weights.read(name), expected.weights.read(name)), name
+    assert {name: read.scale for name, read in found.reads.items()} == {
+        name: read.scale for name, read in expected.reads.items()
+    }
+
+
+def same(one: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    assert isinstance(one, QuantizedTensor)
+    assert isinstance(other, QuantizedTensor)
+    return torch.equal(one.qdata, other.qdata) and torch.equal(one.scale, other.scale)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    source: ModelWeights
+    seen: list[str] = field(default_factory=list)
+
+    def format(self, name: str) -> WeightFormat | None:
+        return self.source.format(name)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        self.seen.append(name)
+        return self.source.read(name)
+
+
+def test_each_weight_is_read_once_and_one_layer_is_held(
+    llama: Model, quantized: Callable[..., Model]
+) -> None:
+    counted = _Counted(llama.weights)
+    quantized(replace(llama, weights=counted), "w8a8")
+    layers = [name for name in parameter_names(llama.shape) if name.startswith("layers.")]
+    assert counted.seen == [EMBEDDING, *layers]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_every_matrix_is_stored_as_the_scheme_says(
+    llama: Model, quantized: Callable[..., Model], quant: str, dtype: torch.dtype
+) -> None:
+    scheme = parse_scheme(quant)
+    found = quantized(llama, quant, scale_dtype=dtype)
+    source = basis(llama, scheme)
+    assert found.shape == source.shape
+    tables = (EMBEDDING,) if found.shape.tied_embeddings else (EMBEDDING, LM_HEAD)
+    for name, size in parameter_names(found.shape).items():
+        value, format = found.weights.read(name), found.weights.format(name)
+        if name in tables:
+            assert format == INT8_PER_CHANNEL
+        elif name in linears(llama):
+            assert format == scheme.format_of(name)
+        else:
+            assert format is None
+            assert same(value, source.weights.read(name))
+            continue
+        assert isinstance(value, QuantizedTensor)
+        assert value.format == format
+        assert value.qdata.shape == size
+        assert value.scale.dtype == dtype
+        assert (value.scale > 0).all()
+        assert value.qdata.min() >= value.format.low
+        assert value.qdata.max() <= value.format.high
+
+
+def test_a_format_of_its_own_for_down_projections(
+    llama: Model, quantized: Callable[..., Model]
+) -> None:
+    found = quantized(llama, "w4a16-gptq:group=32,down_proj=w8")
+    for name in linears(llama):
+        wide = name.endswith("down_proj.weight")
+        assert found.weights.format(name) == (INT8_PER_CHANNEL if wide else WeightFormat(4, 32))
+        expected = (1 if wide else 2,)
+        assert read(found, name).scale.shape[1:] == expected
+
+
+def test_kept_int4_layers_are_int8(llama: Model, quantized: Callable[..., Model]) -> None:
+    kept = frozenset({f"layers.0.{DOWN}.weight", f"layers.2.{OUTPUT}.weight"})
+    plain = quantized(llama, "w4a16-gptq:group=32", folder="plain")
+    found = quantized(llama, "w4a16-gptq:group=32", kept=kept)
+    for name in linears(llama):
+        expected = INT8_PER_CHANNEL if name in kept else WeightFormat(4, 32)
+        assert found.weights.format(name) == expected
+    assert not found.reads
+    ids = torch.randint(0, 272, (4, 24))
+    target = final_hidden(llama, ids)
+    errors = [relative(final_hidden(model, ids), target) for model in (found, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_kept_layers_of_w8a8_read_their_input_as_it_is(
+    llama: Model, quantized: Callable[..., Model]
+) -> None:
+    kept = frozenset(f"layers.1.{name}.weight" for name in (*QKV, DOWN))
+    found = quantized(llama, "w8a8", kept=kept)
+    assert set(found.reads) == set(linears(llama)) - kept
+    assert {found.weights.format(name) for name in linears(llama)} == {INT8_PER_CHANNEL}
+
+
+def test_kept_down_projections_are_read_without_rotation(
+    llama: Model, windows: Tensor, tmp_path: Path
+) -> None:
+    scheme, kept = parse_scheme("w8a8-spinquant"), frozenset({f"layers.1.{DOWN}.weight"})
+    store = LayerStore(tmp_path, {})
+    found = quantize_on_text(
+        basis(llama, scheme, kept), scheme, windows, store, scale_dtype=torch.float32, kept=kept
+    )
+    for name in linears(llama):
+        if name in kept:
+            assert name not in found.reads
+        else:
+            reads = found.reads[name]
+            assert (reads.rotation is not None) == name.endswith("down_proj.weight")
+            assert reads.scale is not None
+    expected = final_hidden(llama, windows)
+    turned = rotate(llama, hadamard_rotations(llama.shape, online=False))
+    assert relative(final_hidden(turned, windows), final_hidden(found, windows)) < 0.05
+    assert relative(final_hidden(found, windows), expected) > 0.5, "it is in another basis"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quant", ["w8a8", "w8a8-spinquant"])
+def test_scales_of_int8_inputs(
+    llama: Model,
+    windows: Tensor,
+    quantized: Callable[..., Model],
+    quant: str,
+    dtype: torch.dtype,
+) -> None:
+    """Positive, one per input, and as large as the largest of the finished model's inputs needs."""
+    scheme = replace(parse_scheme(quant), embedding=None)
+    found = quantized(llama, scheme, scale_dtype=dtype)
+    assert sorted(found.reads) == sorted(linears(llama))
+    for index in range(3):
+        for names in STAGES:
+            scales = {found.reads[f"layers.{index}.{name}.weight"].scale for name in names}
+            assert len(scales) == 1
+    decoder = whole(found)
+    inputs = captured(decoder, lambda: run(decoder, windows))
+    for name, read in found.reads.items():
+        scale = read.scale
+        assert scale is not None
+        assert scale > 0
+        assert scale == float(torch.tensor(scale, dtype=dtype)), "as the graph stores it"
+        seen = replace(read, scale=None)(inputs[name.removesuffix(".weight")])
+        assert float(seen.abs().max()) == pytest.approx(127 * scale, rel=5e-3)
+
+
+def test_an_input_that_is_always_zero_gets_a_positive_scale(
+    llama: Model, quantized: Callable[..., Model]
+) -> None:
+    """TensorRT demands one, in fp16 too."""
+
+    @dataclass(frozen=True)
+    class NoGate:
+        source: ModelWeights
+
+        def format(self, name: str) -> WeightFormat | None:
+            return None
+
+        def read(self, name: str) -> Tensor | QuantizedTensor:
+            value = self.source.read(name)
+            assert isinstance(value, Tensor)
+            return value * 0 if name.endswith("gate_proj.weight") else value
+
+    found = quantized(
+        replace(llama, weights=NoGate(llama.weights)), "w8a8", scale_dtype=torch.float16
+    )
+    scale = found.reads[f"layers.0.{DOWN}.weight"].scale
+    assert scale is not None
+    assert 0 < scale < 1e-4
+    assert final_hidden(found, torch.randint(0, 272, (1, 8))).isfinite().all()
+
+
+def test_eight_bits_lose_little(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model]
+) -> None:
+    expected = final_hidden(llama, windows)
+    found = final_hidden(quantized(llama, "w8a8"), windows)
+    assert relative(found, expected) < 0.05
+    without = quantize(llama, parse_scheme("w8-rtn"), scale_dtype=torch.float32)
+    assert relative(final_hidden(without, windows), expected) < relative(found, expected)
+
+
+@pytest.mark.parametrize("quant", ["w8a8", "w4a16-gptq:group=32"])
+def test_stacked_projections_give_the_same(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model], quant: str
+) -> None:
+    found = quantized(llama, quant)
+    fused = fuse_projections(found)
+    assert fused.shape.fused
+    difference = run(whole(fused), windows) - run(whole(found), windows)
+    assert difference.abs().mean() < 1e-4
+
+
+def test_a_complete_store_is_enough(
+    llama: Model, quantized: Callable[..., Model], tmp_path: Path
+) -> None:
+    quant = "w8a8"
+    found = quantized(llama, quant)
+    store = LayerStore(tmp_path / "work", {"scheme": quant})
+    again = stored_model(llama, parse_scheme(quant), store, scale_dtype=torch.float32)
+    for name in linears(llama):
+        assert same(again.weights.read(name), found.weights.read(name))
+        assert again.reads[name].scale == found.reads[name].scale
+
+
+def test_progress_counts_layers(llama: Model, quantized: Callable[..., Model]) -> None:
+    seen: list[tuple[int, int]] = []
+    quantized(llama, "w8a8", progress=lambda *counts: seen.append(counts))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
