@@ -26,7 +26,7 @@ from edgeattn.quant.scheme import Scheme
 from edgeattn.shape import ModelShape
 
 # Windows the loss is measured on; the residual stream of each trial is kept for all of them.
-_LOSS_WINDOWS = 2
+_LOSS_WINDOWS = 1
 # Windows that show how large activations become.
 _BOUND_WINDOWS = 16
 
