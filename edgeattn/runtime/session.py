@@ -51,7 +51,8 @@ class Step:
     """The outcome of one run.
 
     Attributes:
-        logits: `[B, T, V]` fp32; `[B, 1, V]` for a bundle exported with last-position logits.
+        logits: `[B, T, V]` fp32; `[B, 1, V]` for a bundle exported with last-position logits. They
+            may lie in memory of ONNX Runtime and be read-only: copy them before changing them.
         state: pass it to the next run.
     """
 
