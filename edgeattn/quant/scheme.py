@@ -167,12 +167,12 @@ def parse_scheme(text: str) -> Scheme:
                 came=f"'{key}' was given",
                 todo="leave it out or choose another scheme",
             )
-        changed = _OPTIONS[key](scheme, value)
-        if changed != scheme:
-            given[key] = value
-        scheme = changed
-    settings = tuple(f"{key}={given[key]}" for key in scheme.options if key in given)
-    return replace(scheme, settings=settings)
+        scheme, given[key] = _OPTIONS[key](scheme, value), value
+    default = SCHEMES[name]
+    changes = [
+        k for k in scheme.options if k in given and _OPTIONS[k](default, given[k]) != default
+    ]
+    return replace(scheme, settings=tuple(f"{key}={given[key]}" for key in changes))
 
 
 def _with_group(scheme: Scheme, value: str) -> Scheme:
