@@ -35,7 +35,7 @@ class _QuantizedWeights:
     def format(self, name: str) -> WeightFormat | None:
         if name in (EMBEDDING, LM_HEAD):
             return self.scheme.embedding
-        return self.scheme.linear if name.endswith("_proj.weight") else None
+        return self.scheme.format_of(name) if name.endswith("_proj.weight") else None
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         value, format = self.source.read(name), self.format(name)

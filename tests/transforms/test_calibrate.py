@@ -211,6 +211,21 @@ def test_rounding_to_nearest_on_a_text_is_rounding_to_nearest(
         assert torch.equal(read(found, name).scale, read(expected, name).scale)
 
 
+@pytest.mark.parametrize("quant", ["w4-rtn:group=32,down_proj=w8", "w4-rtn", "w8-rtn", "none"])
+def test_without_a_text_formats_are_those_of_the_scheme_too(
+    random_checkpoint: Callable[..., Path], quant: str
+) -> None:
+    scheme = parse_scheme(quant)
+    width = 172 if scheme.down_proj else 128  # no group divides 172
+    model = model_of(open_checkpoint(random_checkpoint(intermediate_size=width)))
+    found = quantize(model, scheme, scale_dtype=torch.float32)
+    for name in linears(model):
+        format = scheme.format_of(name)
+        assert found.weights.format(name) == format
+        assert getattr(found.weights.read(name), "format", None) == format
+    assert run(whole(found), torch.randint(0, 272, (1, 5))).isfinite().all()
+
+
 class _Stop(Exception):
     """What ends a run in the middle."""
 
