@@ -166,4 +166,6 @@ def _show_transforms(notes: Mapping[str, Any]) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, list | tuple) and len(value) > 2:
+        return f"{_shown(value[0])} … {_shown(value[-1])}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

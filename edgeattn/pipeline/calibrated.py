@@ -86,14 +86,14 @@ class CalibratedQuantizer:
                 "full" if blocks == 1 else f"in {blocks} blocks, as no full one is known"
             )
         if rotations_file is not None:
-            from edgeattn.calibration.rotations_file import load_rotations
+            from edgeattn.transforms.rotations_file import load_rotations
 
             loaded = load_rotations(rotations_file, shape)
             return replace(loaded, down=start.down), {**notes, "kind": str(rotations_file.name)}
         if scheme.rotation != "learned":
             return start, notes
-        from edgeattn.calibration.rotations_file import save_rotations
         from edgeattn.transforms.learn import learn_rotations
+        from edgeattn.transforms.rotations_file import save_rotations
 
         self.clock.start("learning rotations")
         learned, report = learn_rotations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -116,7 +117,7 @@ def _on_text(
         "checkpoint": checkpoint.identity["fingerprint"],
         "scheme": lowering.scheme.label,
         "dtype": lowering.dtype,
-        "rotations": recipe.rotations,
+        "rotations": _sha256(recipe.rotations),
         **about,
     }
     quantizer = CalibratedQuantizer(
@@ -125,6 +126,13 @@ def _on_text(
     rotations = Path(recipe.rotations) if recipe.rotations else None
     model, notes = quantizer.run(model, rotations)
     return model, {**_quantized_before(checkpoint), "calibration": about, **notes}
+
+
+def _sha256(file: str | None) -> str | None:
+    """What a file of rotations holds; a missing one is refused where it is read."""
+    if file is None or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _quantized_before(checkpoint: Checkpoint) -> dict[str, str]:
