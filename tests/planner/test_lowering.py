@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import onnx
 import pytest
 
 from edgeattn.devices.registry import Target, all_targets, parse_target
 from edgeattn.errors import LoweringError
+from edgeattn.planner.estimate import weight_file_bytes
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.planner.memory import weight_bytes
 from edgeattn.quant.scheme import SCHEMES
@@ -88,6 +92,108 @@ def test_a_group_that_does_not_divide_is_refused_by_layer() -> None:
         fit(narrow, "cpu", "w4-rtn")
     with pytest.raises(LoweringError, match=r"172 inputs of mlp\.down_proj"):
         fit(narrow, "cpu", "w4-rtn:group=32")
+
+
+def with_mlp(width: int) -> ModelShape:
+    return ModelShape("llama", 2, 64, 4, 2, 16, width, 272, 256, 1e-5, (LayerKind(Rope(16, 1e4)),))
+
+
+@pytest.mark.parametrize("scheme", ["w4-rtn", "w4a16-gptq", "w4a16-spinquant"])
+def test_a_down_projection_that_no_group_divides_may_be_int8(scheme: str) -> None:
+    with pytest.raises(LoweringError, match=r"172 inputs of mlp\.down_proj") as caught:
+        fit(with_mlp(172), "cpu", f"{scheme}:group=32")
+    assert "down_proj=w8" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    fit(with_mlp(172), "cpu", f"{scheme}:group=32,down_proj=w8")
+    fit(with_mlp(172), "cpu", "w8a8-spinquant")
+
+
+def test_where_another_layer_does_not_divide_int8_down_projections_are_no_way_out() -> None:
+    narrow = replace(with_mlp(128), hidden_size=80)
+    with pytest.raises(LoweringError, match="80 inputs") as caught:
+        fit(narrow, "cpu", "w4-rtn:group=32,down_proj=w8")
+    assert "down_proj=w8, " not in str(caught.value)
+    assert "w8-rtn" in str(caught.value)
+
+
+@pytest.mark.parametrize("quant", ["w4a16-spinquant", "w4a16-spinquant-learned", "w8a8-spinquant"])
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin", "l4"])
+def test_rotations_and_norms_of_what_is_added_are_refused(target: str, quant: str) -> None:
+    shape = replace(SMOLLM2, family="gemma2", output_norms=True)
+    with pytest.raises(LoweringError, match="family gemma2 normalises"):
+        fit(shape, target, quant)
+    fit(shape, target, "w8a8")
+
+
+@pytest.mark.parametrize("quant", ["w8a8", "w8a8-spinquant", "w4a16-spinquant:down_proj=w8"])
+def test_schemes_with_calibration_survive_the_manifest(quant: str) -> None:
+    lowering = plan("jetson-orin", quant)
+    assert Lowering.from_dict(json.loads(json.dumps(lowering.to_dict()))) == lowering
+
+
+def test_bytes_of_a_rotated_model_by_hand() -> None:
+    """Per block: q, o [64, 64], k, v [32, 64], gate, up [172, 64] int4; down [64, 172] int8."""
+    shape = replace(with_mlp(172), tied_embeddings=True)
+    quant = "w4a16-spinquant:group=32,down_proj=w8"
+    weights = 2 * 64 * 64 + 2 * 32 * 64 + 2 * 172 * 64
+    int4 = weights // 2 + weights // 32 * 4
+    int8 = 64 * 172 + 64 * 4 + 64
+    table = 272 * 64 + 272 * 4 + 272
+    rotary = 2 * 256 * 8 * 4
+    norms = (2 * 2 + 1) * 64 * 4
+    expected = 2 * (int4 + int8) + 2 * table + norms + rotary
+    assert weight_bytes(shape, fit(shape, "cpu", quant)) == expected
+    once = quant.replace("spinquant", "gptq")
+    assert weight_bytes(shape, fit(shape, "cpu", once)) == expected - table
+    untied = replace(shape, tied_embeddings=False)
+    assert weight_bytes(untied, fit(untied, "cpu", once)) == expected
+
+
+FILES = {
+    "cpu": ("cpu", "w4a16-spinquant:group=32,down_proj=w8", True),
+    "cpu-untied": ("cpu", "w4a16-spinquant:group=32,down_proj=w8", False),
+    "cpu-not-rotated": ("cpu", "w4a16-gptq:group=32,down_proj=w8", True),
+    "cpu-online": ("cpu", "w8a8-spinquant", True),
+    "jetson": ("jetson-orin", "w4a16-spinquant:group=64,down_proj=w8", True),
+    "jetson-not-rotated": ("jetson-orin", "w4-rtn:down_proj=w8", True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bytes_are_those_that_are_written(
+    random_checkpoint: Callable[..., Path], shared_traces: None, tmp_path: Path, name: str
+) -> None:
+    """With a head of its own and int8 down projections; rotating at run time takes no more."""
+    pytest.importorskip("torch")
+    from edgeattn.exporters.export import export_graph
+    from edgeattn.models.checkpoint import open_checkpoint
+    from edgeattn.models.model import TORCH_DTYPES, model_of
+    from edgeattn.transforms.fuse import fuse_projections
+    from edgeattn.transforms.quantize import quantize
+    from edgeattn.transforms.rotate import hadamard_rotations, rotate
+
+    target, quant, tied = FILES[name]
+    path = random_checkpoint(intermediate_size=172, tie_word_embeddings=tied)
+    model = model_of(open_checkpoint(path))
+    shape, lowering = model.shape, fit(model.shape, target, quant)
+    scheme = lowering.scheme
+    if scheme.rotation != "none":
+        model = rotate(model, hadamard_rotations(shape, online=scheme.online))
+    model = quantize(model, scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
+    if lowering.attention == "group-query":
+        model = fuse_projections(model)
+    weights = tmp_path / "model.onnx.data"
+    export_graph(model, lowering, tmp_path / "model.onnx", weights)
+    written = weights.stat().st_size
+    assert weight_file_bytes(shape, lowering) == pytest.approx(written, abs=2 * 4096)
+    proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    places = {
+        tuple((entry.key, entry.value) for entry in tensor.external_data)
+        for tensor in proto.graph.initializer
+        if tensor.external_data
+    }
+    stored = sum(int(dict(place)["length"]) for place in places)
+    assert weight_bytes(shape, lowering) == stored
 
 
 def test_a_context_beyond_the_checkpoint_is_refused() -> None:
