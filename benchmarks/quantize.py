@@ -105,7 +105,6 @@ def main() -> None:
         {
             "model": "SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised)",
             "calibration": arguments.calibration.name,
-            "calibration_windows": arguments.calibration_windows,
             "text": arguments.text.name,
             "results": results,
             "goals": bounds,

