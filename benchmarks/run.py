@@ -1,14 +1,15 @@
 """Decode and prefill speed of the w4 bundle for a CPU, beside onnxruntime-genai's own int4 model.
 
-    python benchmarks/run.py --text pride_and_prejudice.txt [--runs 40] [--threads 2]
+    python benchmarks/run.py --text pride_and_prejudice.txt --calibration emma.txt [--runs 40]
 
 Both models are made from the same fp16 SmolLM2-135M (see export.py): ours by `edgeattn export
---target cpu --quant w4-rtn` (blocks of 64, int8 head) and run by `edgeattn.runtime.Session`, theirs
-by onnxruntime-genai's builder (int4, its default blocks of 32) and run by its Generator. They take
-turns in one process, each round starting with the other one, with the same number of threads set
-on both sides. The ratio is the median of the rounds' ratios: a machine whose speed swings by a
-fifth from minute to minute hardly changes within a round. Perplexity is that of the same fast mode,
-int8 activations, through ONNX Runtime on both graphs.
+--target cpu` with int4 weights in groups of 64 (--quant, by default w4a16-spinquant with an int4
+head, as theirs is) and run by `edgeattn.runtime.Session`, theirs by onnxruntime-genai's builder
+(int4, its default blocks of 32) and run by its Generator. They take turns in one process, each
+round starting with the other one, with the same number of threads set on both sides. The ratio is
+the median of the rounds' ratios: a machine whose speed swings by a fifth from minute to minute
+hardly changes within a round. Perplexity is that of the same fast mode, int8 activations, through
+ONNX Runtime on both graphs.
 Writes benchmarks/results/run.json.
 """
 
@@ -43,12 +44,22 @@ PROMPTS = (17, 512)
 DECODE_STEPS = 64
 
 
-def prepare(threads: int) -> None:
-    """Writes both models by child processes, so that their memory and threads are gone."""
+def prepare_ours(quant: str, calibration: Path | None) -> None:
+    """Writes our bundle by a child process, unless it is there."""
+    manifest = OURS / "manifest.json"
+    if manifest.exists() and json.loads(manifest.read_text())["recipe"]["quant"] == quant:
+        return
     model = str(smollm2_fp16())
     edgeattn = [str(Path(sys.executable).with_name("edgeattn")), "export", model, "--force"]
-    options = ["--target", "cpu", "--quant", "w4-rtn", "--no-verify", "-o", str(OURS)]
+    options = ["--target", "cpu", "--quant", quant, "--no-verify", "-o", str(OURS)]
+    if calibration is not None:
+        options += ["--calibration", str(calibration)]
     subprocess.run([*edgeattn, *options], check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare(threads: int) -> None:
+    """Writes their model by a child process, so that its memory and threads are gone."""
+    model = str(smollm2_fp16())
     shutil.rmtree(THEIRS, ignore_errors=True)
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model]
     options = ["-o", str(THEIRS), "-p", "int4", "-e", "cpu", "-c", str(THEIRS.parent / "cache")]
@@ -149,10 +160,13 @@ def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--quant", default="w4a16-spinquant:head=w4")
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
+    prepare_ours(arguments.quant, arguments.calibration)
     prepare(arguments.threads)
     session = Session.open(OURS, threads=arguments.threads)
     model = onnxruntime_genai.Model(str(THEIRS))
@@ -173,6 +187,7 @@ def main() -> None:
         "run",
         {
             "model": "SmolLM2-135M-Instruct",
+            "quant": arguments.quant,
             "what": f"greedy, {arguments.threads} threads on both sides, taking turns",
             "versions": {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")},
             "results": measured,

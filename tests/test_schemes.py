@@ -21,11 +21,13 @@ from edgeattn.recipe import Recipe
 
 # The down projections have 172 inputs, which no group divides.
 FOUR_BITS = ":group=32,down_proj=w8"
+SMALL_HEAD = "w4a16-spinquant:head=w4"
 CALIBRATED = {
     "w4a16-gptq": FOUR_BITS,
     "w4a16-spinquant": FOUR_BITS,
     "w8a8": "",
     "w8a8-spinquant": "",
+    SMALL_HEAD: FOUR_BITS,
 }
 TARGETS = ("cpu", "jetson-orin")
 WINDOWS = 8
@@ -52,8 +54,9 @@ def exported(
     def make(scheme: str, target: str) -> Bundle:
         if (scheme, target) not in made:
             path = tmp_path_factory.mktemp("scheme") / "bundle"
-            group = target != "cpu" and FOUR_BITS.replace("32", "64")
-            quant = scheme + (group if group and CALIBRATED[scheme] else CALIBRATED[scheme])
+            # TensorRT takes groups of 64 and 128.
+            options = CALIBRATED[scheme].replace("32", "32" if target == "cpu" else "64")
+            quant = scheme + (options.replace(":", ",") if ":" in scheme else options)
             recipe = Recipe(target, quant=quant, calibration_windows=WINDOWS, **texts)
             export(stories260k, recipe, path)
             made[scheme, target] = Bundle.open(path)
@@ -80,7 +83,8 @@ def test_every_calibrated_scheme_is_proven_and_builds(
 def test_all_calibrated_schemes_are_here() -> None:
     """The learned rotations have tests of their own: learning takes long."""
     calibrated = {name for name, scheme in SCHEMES.items() if scheme.needs_calibration}
-    assert calibrated - set(CALIBRATED) == {"w4a16-spinquant-learned"}
+    here = {name.partition(":")[0] for name in CALIBRATED}
+    assert calibrated - here == {"w4a16-spinquant-learned"}
 
 
 def test_the_report_tells_what_was_done(exported: Callable[[str, str], Bundle]) -> None:
@@ -92,6 +96,23 @@ def test_the_report_tells_what_was_done(exported: Callable[[str, str], Bundle]) 
     assert len(notes["sensitivity (nats)"]) > 10
     html = exported("w8a8-spinquant", "cpu").path / "report" / "index.html"
     assert "43 blocks" in html.read_text("utf-8")
+
+
+def test_a_small_head_is_smaller(exported: Callable[[str, str], Bundle]) -> None:
+    sizes = [
+        exported(scheme, "cpu").manifest.files["model.onnx.data"].bytes
+        for scheme in (SMALL_HEAD, "w4a16-spinquant")
+    ]
+    assert sizes[0] < sizes[1] - 512 * 64 // 3
+
+
+def test_the_embedding_cannot_be_a_small_head(
+    stories260k: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
+    quant = f"w4a16-spinquant{FOUR_BITS},head=w4,rotation=none"
+    with pytest.raises(EdgeattnError, match="a matrix of its own"):
+        export(stories260k, recipe_of(texts, quant=quant), tmp_path / "bundle")
+    assert left_behind(tmp_path) == []
 
 
 def test_auto_keeps_what_reads_the_text_better(

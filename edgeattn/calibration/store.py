@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeattn.errors import UsageError
+from edgeattn.models.families import LM_HEAD
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import WeightFormat
 
 _KEY = "made-from.json"
+# In the place of a layer: the LM head, where it is quantised like a linear layer.
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class LayerStore:
                 todo="delete the folder, or run the command it was started with again",
             )
 
-    def has(self, layer: int) -> bool:
+    def has(self, layer: int | str) -> bool:
         """Whether a layer is finished."""
         return self._file(layer).exists()
 
-    def write(self, layer: int, linears: Mapping[str, StoredLinear]) -> None:
+    def write(self, layer: int | str, linears: Mapping[str, StoredLinear]) -> None:
         """Stores a finished layer; the file appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
@@ -85,38 +88,47 @@ class LayerStore:
             _write_atomically(file, json.dumps(make()))
         return json.loads(file.read_text("utf-8"))
 
-    def read(self, layer: int) -> dict[str, StoredLinear]:
+    def read(self, layer: int | str) -> dict[str, StoredLinear]:
         """All linear layers of a finished layer."""
         return {name: self._read(layer, name) for name in self._about(layer)}
 
     def weight(self, parameter: str) -> QuantizedTensor | None:
         """A quantised weight by the parameter's name; None where it is none of a linear layer."""
-        place = _place(parameter)
+        place = self._place(parameter)
         if place is None or place[1] not in self._about(place[0]):
             return None
         return self._read(*place).weight
 
     def format(self, parameter: str) -> WeightFormat | None:
         """The format of `weight`."""
-        place = _place(parameter)
+        place = self._place(parameter)
         if place is None:
             return None
         about = self._about(place[0]).get(place[1])
         return None if about is None else WeightFormat(about["bits"], about["group_size"])
 
-    def input_scales(self, layer: int) -> dict[str, float]:
+    def input_scales(self, layer: int | str) -> dict[str, float]:
         """Scales of static int8 activations by linear layer."""
         scales = {name: about["input_scale"] for name, about in self._about(layer).items()}
         return {name: scale for name, scale in scales.items() if scale is not None}
 
-    def _read(self, layer: int, name: str) -> StoredLinear:
+    def _place(self, parameter: str) -> tuple[int | str, str] | None:
+        """Layer and linear layer of a weight's name; None where it is none of the store's."""
+        if parameter == LM_HEAD:
+            return (HEAD, HEAD) if self.has(HEAD) else None
+        if not parameter.endswith("_proj.weight"):
+            return None
+        _, layer, name = parameter.removesuffix(".weight").split(".", 2)
+        return int(layer), name
+
+    def _read(self, layer: int | str, name: str) -> StoredLinear:
         about = self._about(layer)[name]
         with safe_open(self._file(layer), "pt") as file:
             qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
         format = WeightFormat(about["bits"], about["group_size"])
         return StoredLinear(QuantizedTensor(qdata, scale, format), about["input_scale"])
 
-    def _about(self, layer: int) -> dict[str, Any]:
+    def _about(self, layer: int | str) -> dict[str, Any]:
         try:
             with safe_open(self._file(layer), "pt") as file:
                 found: dict[str, Any] = json.loads((file.metadata() or {})["linears"])
@@ -128,16 +140,9 @@ class LayerStore:
             ) from error
         return found
 
-    def _file(self, layer: int) -> Path:
-        return self._folder / f"layer-{layer:04d}.safetensors"
-
-
-def _place(parameter: str) -> tuple[int, str] | None:
-    """Layer and linear layer of a weight's name."""
-    if not parameter.endswith("_proj.weight"):
-        return None
-    _, layer, name = parameter.removesuffix(".weight").split(".", 2)
-    return int(layer), name
+    def _file(self, layer: int | str) -> Path:
+        name = layer if isinstance(layer, str) else f"layer-{layer:04d}"
+        return self._folder / f"{name}.safetensors"
 
 
 def _write_atomically(file: Path, text: str) -> None:

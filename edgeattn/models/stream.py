@@ -72,6 +72,9 @@ class Head:
 
     Args:
         model: any.
+
+    Attributes:
+        matrix: `[vocab, hidden]` fp32.
     """
 
     def __init__(self, model: Model) -> None:
@@ -79,12 +82,18 @@ class Head:
         self._norm = RMSNorm(model.shape.hidden_size, model.shape.norm_eps).requires_grad_(False)
         self._norm.weight.copy_(rounded(FINAL_NORM, model.weights.read(FINAL_NORM), torch.float32))
         name = EMBEDDING if model.shape.tied_embeddings else LM_HEAD
-        self._matrix = rounded(name, model.weights.read(name), torch.float32)
+        self.matrix = rounded(name, model.weights.read(name), torch.float32)
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the matrix is multiplied with, `[..., hidden]`."""
+        normed: Tensor = self._norm(hidden)
+        return normed
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., vocab]` fp32."""
-        return soften(self._norm(hidden) @ self._matrix.T, self._shape)
+        return soften(self.normed(hidden) @ self.matrix.T, self._shape)
 
     @torch.inference_mode()
     def losses(self, hidden: Tensor, windows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from edgeattn.planner.memory import (
     cache_bytes_per_token,
     rotary_bytes,
     stored_shape,
+    table_formats,
     weight_bytes,
 )
 from edgeattn.quant.scheme import WeightFormat
@@ -140,8 +141,8 @@ def _tensor_bytes(shape: ModelShape, lowering: Lowering) -> Iterator[int]:
     format_of = lowering.scheme.format_of
     matrices = [(n, k, format_of(name)) for name, (n, k) in shape.linears().items()]
     matrices *= shape.num_layers
-    table = (shape.vocab_size, shape.hidden_size, lowering.scheme.embedding)
-    matrices += [table] * (1 if shape.tied_embeddings else 2)
+    table = (shape.vocab_size, shape.hidden_size)
+    matrices += [(*table, format) for format in table_formats(shape, lowering)]
     vectors = shape.num_parameters - sum(n * k for n, k, _ in matrices)
     for outputs, inputs, format in matrices:
         yield from _matrix_parts(outputs, inputs, format, wide)

@@ -150,6 +150,12 @@ def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
                 came=f"scheme {scheme.label} uses groups of {format.group_size}",
                 todo=f"choose {other}--quant w8-rtn or another group",
             )
+    if scheme.small_head and shape.tied_embeddings and scheme.rotation in ("none", "auto"):
+        raise LoweringError(
+            expected="an LM head that is a matrix of its own, for head=w4",
+            came="it is the embedding",
+            todo="choose a scheme that rotates, or leave out head=w4",
+        )
     if scheme.rotation != "none" and shape.output_norms:
         raise LoweringError(
             expected="a model whose attention and MLP add to the residual stream unchanged",

@@ -18,12 +18,21 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
         matrix_bytes(n, k, lowering.scheme.format_of(name), wide)
         for name, (n, k) in shape.linears().items()
     )
-    tables = 1 if shape.tied_embeddings else 2
-    table = matrix_bytes(shape.vocab_size, shape.hidden_size, lowering.scheme.embedding, wide)
+    formats = table_formats(shape, lowering)
+    tables = len(formats)
+    table_bytes = sum(
+        matrix_bytes(shape.vocab_size, shape.hidden_size, format, wide) for format in formats
+    )
     quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
     quantised += tables * shape.vocab_size * shape.hidden_size
     rest = (shape.num_parameters - quantised) * wide
-    return shape.num_layers * linear + tables * table + rest + rotary_bytes(shape, lowering)
+    return shape.num_layers * linear + table_bytes + rest + rotary_bytes(shape, lowering)
+
+
+def table_formats(shape: ModelShape, lowering: Lowering) -> list[WeightFormat | None]:
+    """Formats of the embedding and, where it is a matrix of its own, the LM head."""
+    scheme = lowering.scheme
+    return [scheme.embedding] if shape.tied_embeddings else [scheme.embedding, scheme.head]
 
 
 def stored_shape(shape: ModelShape, lowering: Lowering) -> ModelShape:

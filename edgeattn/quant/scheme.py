@@ -47,6 +47,7 @@ class Scheme:
         linear: format of the block's linear layers; None keeps them in the target's dtype.
         down_proj: format of the down projections, where it differs from `linear`.
         embedding: format of the embedding and the LM head.
+        small_head: the LM head has the format of the linear layers instead.
         clip: "mse" chooses each scale by least error (`quant.affine`), "max" by the largest weight.
         method: how integers are chosen: "rtn" rounds each weight to the nearest, "gptq" lets later
             weights make up for the rounding of earlier ones (`quant.gptq`).
@@ -67,6 +68,7 @@ class Scheme:
     linear: WeightFormat | None = None
     down_proj: WeightFormat | None = None
     embedding: WeightFormat | None = None
+    small_head: bool = False
     clip: Literal["mse", "max"] = "mse"
     method: Literal["rtn", "gptq"] = "rtn"
     act_order: bool = False
@@ -90,6 +92,11 @@ class Scheme:
         return frozenset(f.bits for f in formats if f is not None)
 
     @property
+    def head(self) -> WeightFormat | None:
+        """The format of an LM head that is a matrix of its own."""
+        return self.linear if self.small_head else self.embedding
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a text must be run through the model to quantise it."""
         return self.method == "gptq" or self.activation_bits is not None or self.keep > 0
@@ -111,7 +118,7 @@ class Scheme:
 _INT4 = WeightFormat(bits=4, group_size=64)
 _W4 = Scheme("", linear=_INT4, embedding=INT8_PER_CHANNEL, options=("group", "down_proj"))
 _GPTQ = replace(_W4, method="gptq", options=("group", "down_proj", "order", "keep"))
-_SPINQUANT = replace(_GPTQ, rotation="hadamard", options=(*_GPTQ.options, "rotation"))
+_SPINQUANT = replace(_GPTQ, rotation="hadamard", options=(*_GPTQ.options, "head", "rotation"))
 _W8A8 = Scheme(
     "",
     linear=INT8_PER_CHANNEL,
@@ -134,7 +141,7 @@ SCHEMES: dict[str, Scheme] = {
             name="w4a16-spinquant-learned",
             rotation="learned",
             steps=60,
-            options=(*_GPTQ.options, "steps"),
+            options=(*_GPTQ.options, "head", "steps"),
         ),
         replace(_W8A8, name="w8a8"),
         replace(
@@ -210,6 +217,7 @@ def _choice(key: str, field: str, values: Mapping[str, object]) -> Callable[[Sch
 _OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
     "group": _with_group,
     "down_proj": _choice("down_proj", "down_proj", {"w4": None, "w8": INT8_PER_CHANNEL}),
+    "head": _choice("head", "small_head", {"w4": True, "w8": False}),
     "order": _choice("order", "act_order", {"act": True, "natural": False}),
     "rotation": _choice("rotation", "rotation", {n: n for n in ("hadamard", "auto", "none")}),
     "online": _choice("online", "online", {"on": True, "off": False}),

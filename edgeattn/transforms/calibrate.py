@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgeattn.calibration.store import LayerStore, StoredLinear
+from edgeattn.calibration.store import HEAD, LayerStore, StoredLinear
 from edgeattn.calibration.walk import STAGES, LayerWalk
 from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.families import EMBEDDING, LM_HEAD
 from edgeattn.models.linear import linear_of
 from edgeattn.models.model import Model, ModelWeights, load_layer
-from edgeattn.models.stream import embed_windows, run_layer, window_inputs
+from edgeattn.models.stream import Head, batches, embed_windows, run_layer, window_inputs
 from edgeattn.quant.activation import INT8_HIGH, LinearInput
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
 from edgeattn.quant.gptq import Hessian, gptq
@@ -69,7 +69,19 @@ def quantize_on_text(
             store.write(index, _quantize_layer(layer, walk, scheme, scale_dtype, here))
         if progress:
             progress(index + 1, shape.num_layers)
+    if scheme.small_head and not store.has(HEAD):
+        store.write(HEAD, {HEAD: _quantize_head(model, scheme, hidden, scale_dtype)})
     return stored_model(model, scheme, store, scale_dtype=scale_dtype)
+
+
+def _quantize_head(
+    model: Model, scheme: Scheme, hidden: Tensor, scale_dtype: torch.dtype
+) -> StoredLinear:
+    head = Head(model)
+    statistics = _Statistics(scheme, model.shape.hidden_size)
+    for rows in batches(hidden):
+        statistics.add(head.normed(rows))
+    return StoredLinear(statistics.quantize(HEAD, head.matrix, scale_dtype, keep=False))
 
 
 def _quantize_layer(
@@ -161,15 +173,17 @@ class _StoredWeights:
     scale_dtype: torch.dtype
 
     def format(self, name: str) -> WeightFormat | None:
-        if name in (EMBEDDING, LM_HEAD):
-            return self.scheme.embedding
-        return self.store.format(name)
+        return self.scheme.embedding if self._is_table(name) else self.store.format(name)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        if name in (EMBEDDING, LM_HEAD) and self.scheme.embedding is not None:
+        if self._is_table(name) and self.scheme.embedding is not None:
             value = self.source.read(name)
             assert isinstance(value, Tensor)
             return quantize_symmetric(
                 value, self.scheme.embedding, clip=self.scheme.clip, scale_dtype=self.scale_dtype
             )
         return self.store.weight(name) or self.source.read(name)
+
+    def _is_table(self, name: str) -> bool:
+        """Whether a matrix rounds to nearest, whatever the text."""
+        return name == EMBEDDING or (name == LM_HEAD and not self.scheme.small_head)

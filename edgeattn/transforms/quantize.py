@@ -33,7 +33,9 @@ class _QuantizedWeights:
     scale_dtype: torch.dtype
 
     def format(self, name: str) -> WeightFormat | None:
-        if name in (EMBEDDING, LM_HEAD):
+        if name == LM_HEAD:
+            return self.scheme.head
+        if name == EMBEDDING:
             return self.scheme.embedding
         return self.scheme.format_of(name) if name.endswith("_proj.weight") else None
 

@@ -63,6 +63,8 @@ MEANINGS: dict[str, dict[str, object]] = {
     "keep=0.05": {"keep": 0.05},
     "keep=12.5%": {"keep": 0.125},
     "keep=100%": {"keep": 1.0},
+    "head=w4": {"small_head": True},
+    "head=w8": {"small_head": False},
     "steps=1": {"steps": 1},
     "steps=100000": {"steps": 100_000},
 }
@@ -72,8 +74,8 @@ OPTIONS = {
     "w8-rtn": set(),
     "w4-rtn": {"group", "down_proj"},
     "w4a16-gptq": GPTQ,
-    "w4a16-spinquant": GPTQ | {"rotation"},
-    "w4a16-spinquant-learned": GPTQ | {"steps"},
+    "w4a16-spinquant": GPTQ | {"head", "rotation"},
+    "w4a16-spinquant-learned": GPTQ | {"head", "steps"},
     "w8a8": {"keep"},
     "w8a8-spinquant": {"keep", "rotation", "online"},
 }

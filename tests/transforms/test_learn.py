@@ -14,32 +14,23 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeattn.calibration.windows import read_text, token_windows
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
-from edgeattn.models.families import FINAL_NORM, parameter_names
+from edgeattn.models.families import FINAL_NORM
 from edgeattn.models.model import Model, ModelWeights, model_of
 from edgeattn.models.stream import Head, final_hidden
-from edgeattn.quant.affine import quantize_symmetric
 from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
-from edgeattn.quant.stiefel import orthogonality_error
 from edgeattn.shape import ModelShape
 from edgeattn.transforms import learn
 from edgeattn.transforms.learn import LearnReport, learn_rotations
 from edgeattn.transforms.rotatable import (
     Objective,
     RotatableModel,
-    fake_quantize,
-    merge_bias,
-    merge_weight,
-    round_through,
 )
 from edgeattn.transforms.rotate import Rotations, hadamard_rotations, rotate
-from edgeattn.transforms.rotations_file import load_rotations, save_rotations
 
 INT4 = parse_scheme("w4a16-spinquant-learned:group=32")
 INT4_STORIES = parse_scheme("w4a16-spinquant-learned:group=32,down_proj=w8")
@@ -147,126 +138,6 @@ def loss_of(
     assert rotations.residual is not None
     with torch.no_grad():
         return float(network.loss(rotations.residual, rotations.heads, windows, objective))
-
-
-# The network as a function of its rotations.
-
-
-def test_weights_are_merged_as_rotate_does(model: Model) -> None:
-    rotations = random_rotations(model.shape, online=True)
-    folded = rotate(model, Rotations(down=rotations.down)).weights
-    rotated = rotate(model, rotations).weights
-    assert rotations.residual is not None
-    compared = set()
-    for name in parameter_names(model.shape):
-        if "_proj." not in name:
-            continue
-        _, layer, rest = name.split(".", 2)
-        linear, _, kind = rest.rpartition(".")
-        head, value = rotations.heads[int(layer)].float(), folded.read(name)
-        assert isinstance(value, Tensor)
-        if kind == "bias":
-            found = merge_bias(linear, value, head, model.shape)
-        else:
-            found = merge_weight(linear, value, rotations.residual.float(), head, model.shape)
-        torch.testing.assert_close(found, rotated.read(name), atol=2e-6, rtol=0)
-        compared.add(linear)
-    assert compared == set(model.shape.linears())
-
-
-@pytest.mark.parametrize("online", [False, True], ids=["merged", "online"])
-def test_without_rounding_it_is_the_rotated_model(
-    model: Model, windows: Tensor, online: bool
-) -> None:
-    rotations = random_rotations(model.shape, online=online)
-    network = RotatableModel(model, None, down=rotations.down)
-    assert rotations.residual is not None
-    with torch.no_grad():
-        found = network.logits(rotations.residual, rotations.heads, windows)
-    merged = rotate(model, rotations)
-    expected = Head(merged).logits(final_hidden(merged, windows))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-
-
-def test_losses_are_those_of_the_logits(llama: Model, windows: Tensor) -> None:
-    rotations = random_rotations(llama.shape)
-    assert rotations.residual is not None
-    network = RotatableModel(llama, INT4)
-    with torch.no_grad():
-        logits = network.logits(rotations.residual, rotations.heads, windows)[:, :-1].double()
-    found = logits.log_softmax(-1)
-    nll = -found.gather(2, windows[:, 1:, None]).mean()
-    assert loss_of(llama, INT4, rotations, windows, "cross-entropy") == pytest.approx(float(nll))
-    original = Head(llama).logits(final_hidden(llama, windows))[:, :-1].double().log_softmax(-1)
-    kl = (original.exp() * (original - found)).sum(-1).mean()
-    assert loss_of(llama, INT4, rotations, windows) == pytest.approx(float(kl), rel=1e-3)
-    assert abs(loss_of(llama, None, rotations, windows)) < 1e-6
-
-
-def test_gradients_agree_with_finite_differences(stories: Model, novel: Tensor) -> None:
-    network, text = RotatableModel(stories, None), novel[:1, :48]
-    rotations = random_rotations(stories.shape)
-    assert rotations.residual is not None
-    residual = rotations.residual.requires_grad_()
-    heads = [head.requires_grad_() for head in rotations.heads]
-    network.loss(residual, heads, text, "cross-entropy").backward()  # type: ignore[no-untyped-call]
-
-    def slope(along: Tensor, head: int | None) -> tuple[float, float]:
-        """The derivative along a direction, by the gradient and by a central difference."""
-        step, losses = 3e-3, []
-        for sign in (-1, 1):
-            moved = [residual.detach(), *(h.detach() for h in heads)]
-            moved[0 if head is None else 1 + head] = (
-                moved[0 if head is None else 1 + head] + sign * step * along
-            )
-            with torch.no_grad():
-                losses.append(float(network.loss(moved[0], moved[1:], text, "cross-entropy")))
-        gradient = residual.grad if head is None else heads[head].grad
-        assert gradient is not None
-        return float((gradient * along).sum()), (losses[1] - losses[0]) / (2 * step)
-
-    for matrix, head in ((residual, None), (heads[0], 0), (heads[-1], len(heads) - 1)):
-        assert matrix.grad is not None
-        # Steepest ascent leaves the rotations: only there does the unrounded loss change at all.
-        by_gradient, by_difference = slope(matrix.grad / matrix.grad.norm(), head)
-        assert by_difference == pytest.approx(by_gradient, rel=0.02, abs=2e-3)
-        noise = torch.randn_like(matrix)
-        tangent = (noise - noise.T) @ matrix.detach()
-        flat = slope(tangent / tangent.norm(), head)
-        assert flat == pytest.approx((0, 0), abs=2e-3)
-
-
-@pytest.mark.parametrize("format", [WeightFormat(8), WeightFormat(4, 32)], ids=["int8", "int4"])
-def test_weights_are_rounded_as_the_scheme_does(format: WeightFormat) -> None:
-    weight = torch.randn(24, 96)
-    plain = quantize_symmetric(weight, format, clip="max").dequantize()
-    torch.testing.assert_close(fake_quantize(weight, format, search=False), plain)
-    searched = fake_quantize(weight, format, search=True)
-    best = quantize_symmetric(weight, format, clip="mse").dequantize()
-    errors = [float((found - weight).square().mean()) for found in (best, searched, plain)]
-    assert errors[1] <= errors[2]
-    assert errors[1] <= 1.1 * errors[0]
-
-
-def test_gradients_go_through_rounding_and_into_scales() -> None:
-    x = torch.tensor([0.2, 1.7, -2.5], requires_grad=True)
-    round_through(x).sum().backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None
-    assert x.grad.tolist() == [1, 1, 1]
-    # scale = 14 / 7 = 2; 5.4 / 2 = 2.7 rounds to 3: a larger scale would raise it by 3 - 2.7.
-    weight = torch.tensor([[14.0, 5.4]], requires_grad=True)
-    found = fake_quantize(weight, WeightFormat(4), search=False)
-    assert found.tolist() == [[14.0, 6.0]]
-    found[0, 1].backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, torch.tensor([[0.3 / 7, 1.0]]))
-
-
-def test_inputs_are_rounded_where_the_scheme_says(llama: Model, windows: Tensor) -> None:
-    rotations = hadamard_rotations(llama.shape, online=True)
-    weights_only = replace(INT8, activation_bits=None)
-    rounded, exact = (loss_of(llama, s, rotations, windows) for s in (INT8, weights_only))
-    assert 1.5 * exact < rounded < 0.1
 
 
 # Learning.
@@ -492,104 +363,3 @@ def test_a_damaged_state_is_refused(learning: Learning) -> None:
     learning.state_file.write_bytes(b"none")
     with pytest.raises(UsageError, match=re.escape(str(learning.state_file))):
         learning()
-
-
-# Rotations on disk.
-
-
-@pytest.fixture
-def rotations(llama: Model) -> Rotations:
-    return random_rotations(llama.shape)
-
-
-def test_rotations_survive_a_file(tmp_path: Path, llama: Model, rotations: Rotations) -> None:
-    path, shape = tmp_path / "rotations.safetensors", llama.shape
-    save_rotations(path, rotations, MADE_FROM)
-    found = load_rotations(path, shape)
-    assert same(found, rotations)
-    assert found.residual is not None
-    assert found.residual.dtype == torch.float64
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        assert file.get_tensor("heads").shape == (shape.num_layers, shape.head_dim, shape.head_dim)
-    assert about["hidden_size"] == str(shape.hidden_size)
-    assert about["head_dim"] == str(shape.head_dim)
-    assert about["num_layers"] == str(shape.num_layers)
-    assert json.loads(about["made_from"]) == MADE_FROM
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_r4_is_not_stored(tmp_path: Path, llama: Model) -> None:
-    online = hadamard_rotations(llama.shape, online=True)
-    save_rotations(tmp_path / "file", online, {})
-    assert load_rotations(tmp_path / "file", llama.shape).down is None
-
-
-@pytest.fixture
-def stored(tmp_path: Path, rotations: Rotations) -> tuple[Path, dict[str, Tensor]]:
-    assert rotations.residual is not None
-    tensors = {"residual": rotations.residual.contiguous(), "heads": torch.stack(rotations.heads)}
-    return tmp_path / "rotations.safetensors", tensors
-
-
-def refused(path: Path, shape: ModelShape, words: str) -> None:
-    with pytest.raises(UsageError, match=words) as caught:
-        load_rotations(path, shape)
-    assert str(path) in str(caught.value)
-    assert re.fullmatch(r"expected .+, but .+: pass a file of rotations .+", str(caught.value))
-
-
-def test_a_missing_file_is_refused(tmp_path: Path, llama: Model) -> None:
-    refused(tmp_path / "none", llama.shape, "there is none")
-    refused(tmp_path, llama.shape, "there is none")
-
-
-@pytest.mark.parametrize("content", [b"", b"none", b"\xff" * 64])
-def test_what_is_no_safetensors_is_refused(tmp_path: Path, llama: Model, content: bytes) -> None:
-    path = tmp_path / "rotations"
-    path.write_bytes(content)
-    refused(path, llama.shape, "a safetensors file .* does not read")
-
-
-@pytest.mark.parametrize("name", ["residual", "heads"])
-def test_a_file_without_rotations_is_refused(
-    llama: Model, stored: tuple[Path, dict[str, Tensor]], name: str
-) -> None:
-    path, tensors = stored
-    save_file({"weight" if key == name else key: value for key, value in tensors.items()}, path)
-    refused(path, llama.shape, "it holds .*weight")
-
-
-@pytest.mark.parametrize(
-    "other", [{"hidden_size": 128}, {"head_dim": 32}, {"num_layers": 4}, {"num_layers": 2}], ids=str
-)
-def test_rotations_of_another_model_are_refused(
-    llama: Model, stored: tuple[Path, dict[str, Tensor]], other: dict[str, int]
-) -> None:
-    path, tensors = stored
-    save_file(tensors, path)
-    refused(path, replace(llama.shape, **other), "rotations of this model .* they are of ")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["residual", "heads"])
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [(3e-6, "orthogonal matrices .* off by 3e-06"), (torch.nan, "NaN"), (torch.inf, "NaN or inf")],
-)
-def test_matrices_that_do_not_rotate_are_refused(
-    llama: Model, stored: tuple[Path, dict[str, Tensor]], name: str, damage: float, words: str
-) -> None:
-    path, tensors = stored
-    tensors[name] *= 1 + damage / 2
-    save_file(tensors, path)
-    refused(path, llama.shape, words)
-
-
-def test_rounding_to_fp32_is_no_damage(
-    llama: Model, stored: tuple[Path, dict[str, Tensor]]
-) -> None:
-    path, tensors = stored
-    save_file({name: value.float() for name, value in tensors.items()}, path)
-    found = load_rotations(path, llama.shape)
-    assert found.residual is not None
-    assert orthogonality_error(found.residual) < 1e-6
