@@ -1,4 +1,4 @@
-"""Learned rotations: the loss they are learned by, stopping and going on, and their file."""
+"""Learning of rotations: what it gains, what it never sees, and stopping and going on."""
 
 from __future__ import annotations
 
@@ -26,38 +26,18 @@ from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
 from edgeattn.shape import ModelShape
 from edgeattn.transforms import learn
 from edgeattn.transforms.learn import LearnReport, learn_rotations
-from edgeattn.transforms.rotatable import (
-    Objective,
-    RotatableModel,
-)
+from edgeattn.transforms.rotatable import Objective, RotatableModel
 from edgeattn.transforms.rotate import Rotations, hadamard_rotations, rotate
 
 INT4 = parse_scheme("w4a16-spinquant-learned:group=32")
 INT4_STORIES = parse_scheme("w4a16-spinquant-learned:group=32,down_proj=w8")
 INT8 = parse_scheme("w8a8-spinquant")
 MADE_FROM = {"checkpoint": "c0ffee", "scheme": INT4.label}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2-biases": {"model_type": "qwen2", "num_key_value_heads": 1},
-    "qwen3-heads-of-24": {"model_type": "qwen3", "hidden_size": 96, "head_dim": 24},
-    "mistral-window": {"model_type": "mistral", "sliding_window": 4},
-}
 
 
 @pytest.fixture
-def model_named(random_checkpoint: Callable[..., Path]) -> Callable[[str], Model]:
-    """A function from a name in `MODELS` to the model."""
-    return lambda name: model_of(open_checkpoint(random_checkpoint(**MODELS[name])))
-
-
-@pytest.fixture
-def llama(model_named: Callable[[str], Model]) -> Model:
-    return model_named("llama")
-
-
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest, model_named: Callable[[str], Model]) -> Model:
-    return model_named(request.param)
+def llama(tiny_checkpoint: Path) -> Model:
+    return model_of(open_checkpoint(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +88,9 @@ def orthogonal(size: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
 
 
-def random_rotations(shape: ModelShape, *, online: bool = False) -> Rotations:
-    """Not symmetric, so that a matrix and its inverse are told apart."""
+def random_rotations(shape: ModelShape) -> Rotations:
     heads = tuple(orthogonal(shape.head_dim) for _ in range(shape.num_layers))
-    down = hadamard_rotations(shape, online=online).down
-    return Rotations(orthogonal(shape.hidden_size), heads, down)
+    return Rotations(orthogonal(shape.hidden_size), heads)
 
 
 def identity(shape: ModelShape) -> Rotations:
@@ -138,9 +116,6 @@ def loss_of(
     assert rotations.residual is not None
     with torch.no_grad():
         return float(network.loss(rotations.residual, rotations.heads, windows, objective))
-
-
-# Learning.
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +267,6 @@ def test_a_loss_that_is_not_finite_is_refused(
     monkeypatch.setattr(RotatableModel, "loss", lambda *arguments: loss(*arguments) * torch.nan)
     with pytest.raises(RuntimeInputError, match="finite gradients"):
         learning()
-
-
-# Stopping and going on.
 
 
 def stop_at(step: int) -> Callable[[int, int], None]:
