@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.models.checkpoint import open_checkpoint
-from edgeattn.models.families import parameter_names
+from edgeattn.models.families import LM_HEAD, parameter_names
 from edgeattn.models.model import Model, model_of
 from edgeattn.models.stream import Head, final_hidden
 from edgeattn.quant.affine import quantize_symmetric
@@ -173,6 +173,24 @@ def test_gradients_agree_with_finite_differences(stories: Model) -> None:
         tangent = (noise - noise.T) @ matrix.detach()
         flat = slope(tangent / tangent.norm(), head)
         assert flat == pytest.approx((0, 0), abs=2e-3)
+
+
+def test_a_small_head_is_rounded_in_the_rotated_basis(llama: Model, windows: Tensor) -> None:
+    rotations = random_rotations(llama.shape)
+    assert rotations.residual is not None
+    rounded, exact = (
+        RotatableModel(llama, parse_scheme(f"w4a16-spinquant-learned:group=32,head={head}"))
+        for head in ("w4", "w8")
+    )
+    with torch.no_grad():
+        found = rounded.logits(rotations.residual, rotations.heads, windows)
+        hidden = exact._final_hidden(rotations.residual.float(), rotations.heads, windows)
+    # Not `rotate` in fp64 again, as a weight in the middle of two steps might round otherwise.
+    table = rotate(llama, Rotations()).weights.read(LM_HEAD)
+    assert isinstance(table, Tensor)
+    head = fake_quantize(table @ rotations.residual.float(), WeightFormat(4, 32), search=True)
+    normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=llama.shape.norm_eps)
+    torch.testing.assert_close(found, normed @ head.T, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("format", [WeightFormat(8), WeightFormat(4, 32)], ids=["int8", "int4"])
