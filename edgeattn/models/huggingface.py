@@ -22,6 +22,10 @@ ACTIVATIONS = {
 _LONGROPE = ("longrope", "su")
 
 
+# A width or a count beyond it is no model's; a float still holds it.
+_LARGEST_INTEGER = 2**53
+
+
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """Reads a Hugging Face config.json.
 
@@ -237,6 +241,8 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong_type(key, value, "an integer")
+    if abs(value) > _LARGEST_INTEGER:
+        raise _wrong_type(key, "beyond any model's", "an integer")
     return value
 
 

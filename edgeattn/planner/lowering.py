@@ -159,7 +159,7 @@ def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
     if scheme.rotation != "none" and shape.output_norms:
         raise LoweringError(
             expected="a model whose attention and MLP add to the residual stream unchanged",
-            came=f"family {shape.family} normalises what they give, which no rotation survives",
+            came=f"family {shape.family} normalises what they give: no rotation commutes with it",
             todo="choose a scheme without rotation, such as w4a16-gptq",
         )
 

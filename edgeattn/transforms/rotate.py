@@ -63,7 +63,8 @@ class Rotations:
     def orthogonality_error(self) -> float:
         """Largest |R Rᵀ - I| of all matrices."""
         matrices = [*self.heads, *([] if self.residual is None else [self.residual])]
-        return max(map(orthogonality_error, matrices), default=0.0)
+        errors = [orthogonality_error(matrix) for matrix in matrices]
+        return float(torch.tensor(errors).max()) if errors else 0.0  # keeps a NaN, as max() may not
 
 
 def hadamard_rotations(shape: ModelShape, *, online: bool, seed: int = 0) -> Rotations:
