@@ -22,7 +22,7 @@ ACTIVATIONS = {
 _LONGROPE = ("longrope", "su")
 
 
-# A width or a count beyond it is no model's; a float still holds it.
+# Widths that floats are computed from.
 _LARGEST_INTEGER = 2**53
 
 
@@ -42,6 +42,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     hidden = _integer(config, "hidden_size")
     head_dim = _integer(config, "head_dim", hidden // max(heads, 1))
     num_layers = _integer(config, "num_hidden_layers")
+    for key, value in (("head_dim", head_dim), ("hidden_size", hidden)):
+        if abs(value) > _LARGEST_INTEGER and (key == "head_dim" or family.scaled_embedding):
+            raise _wrong_type(key, "beyond any float", "an integer")
     return ModelShape(
         family=family.name,
         num_layers=num_layers,
@@ -241,8 +244,6 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong_type(key, value, "an integer")
-    if abs(value) > _LARGEST_INTEGER:
-        raise _wrong_type(key, "beyond any model's", "an integer")
     return value
 
 
