@@ -7,9 +7,9 @@ Both models are made from the same fp16 SmolLM2-135M (see export.py): ours by `e
 head, as theirs is) and run by `edgeattn.runtime.Session`, theirs by onnxruntime-genai's builder
 (int4, its default blocks of 32) and run by its Generator. They take turns in one process, each
 round starting with the other one, with the same number of threads set on both sides. The ratio is
-the median of the rounds' ratios: a machine whose speed swings by a fifth from minute to minute
-hardly changes within a round. Perplexity is that of the same fast mode, int8 activations, through
-ONNX Runtime on both graphs.
+the median over pairs of rounds, one in each order (geometric mean): a machine whose speed swings
+by a fifth from minute to minute hardly changes within a round. Perplexity is that of the same fast
+mode, int8 activations, through ONNX Runtime on both graphs.
 Writes benchmarks/results/run.json.
 """
 
@@ -117,6 +117,8 @@ def speeds(
                 if run:  # the first round warms up
                     rates[name].append(np.array([length / prefill, 1 / step]))
         ratios = np.array(rates["edgeattn"]) / np.array(rates["onnxruntime-genai"])
+        # Whoever comes second in a round meets the other's threads: two rounds make one figure.
+        ratios = np.sqrt(ratios[: len(ratios) // 2 * 2 : 2] * ratios[1::2])
         found[f"after {length} tokens"] = {
             **{name: _by_figure(np.array(values), 1) for name, values in rates.items()},
             "ratio": _by_figure(ratios, 3),
