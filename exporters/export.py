@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgeattn.exporters.check import check_graph
+from edgeattn.exporters.inserter import Inserter
+from edgeattn.exporters.kv_cache import insert_int8_caches
 from edgeattn.exporters.passes import fuse_residual_norms
 from edgeattn.exporters.reads import insert_reads
 from edgeattn.exporters.stamp import stamp
@@ -51,8 +53,9 @@ def export_graph(
     """
     binder = WeightBinder(model, lowering)
     graph = stamp(trace_decoder(model.shape, lowering), binder)
-    if model.reads:
-        insert_reads(graph, model.reads, IR_DTYPES[lowering.dtype])
+    inserter = Inserter(graph, IR_DTYPES[lowering.dtype])
+    insert_int8_caches(graph, model.caches, inserter)
+    insert_reads(graph, model.reads, inserter)
     if lowering.attention == "group-query":
         fuse_residual_norms(graph)
     size, sha256 = write_weights(binder, weights_file, progress=progress)

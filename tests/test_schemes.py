@@ -28,6 +28,9 @@ CALIBRATED = {
     "w8a8": "",
     "w8a8-spinquant": "",
     SMALL_HEAD: FOUR_BITS,
+    "w4a16-gptq:kv=int8": FOUR_BITS,
+    "w4a16-spinquant:kv=int8": FOUR_BITS,
+    "w8a8-spinquant:kv=int8": "",
 }
 TARGETS = ("cpu", "jetson-orin")
 WINDOWS = 8
@@ -76,7 +79,7 @@ def test_every_calibrated_scheme_is_proven_and_builds(
         assert bundle.manifest.verification.tensorrt == "built"
     quality = bundle.manifest.quality
     assert quality is not None
-    assert quality["increase"] < (0.02 if "w8" in scheme else 0.06)
+    assert quality["increase"] < (0.02 if "w8" in scheme else 0.07)
     assert 0 <= quality["kl"] < 0.3
 
 
@@ -192,8 +195,8 @@ def test_stopped_work_goes_on_and_refuses_another_recipe(
 
     write = LayerStore.write
 
-    def stop_after_two(self: LayerStore, layer: int, linears: Any) -> None:
-        write(self, layer, linears)
+    def stop_after_two(self: LayerStore, layer: int, *rest: Any) -> None:
+        write(self, layer, *rest)
         if layer == 1:
             raise KeyboardInterrupt
 

@@ -20,10 +20,9 @@ from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.linear import Linear, linear_of
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import Head, embed_windows, run_layer, window_inputs
-from edgeattn.quant.activation import INT8_HIGH
 from edgeattn.quant.affine import quantize_symmetric
+from edgeattn.quant.observer import Observer
 from edgeattn.quant.scheme import Scheme
-from edgeattn.shape import ModelShape
 
 # Windows the loss is measured on; the residual stream of each trial is kept for all of them.
 _LOSS_WINDOWS = 1
@@ -76,13 +75,13 @@ def measure_sensitivity(
     for index in range(shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
         kind = shared[shape.layer_kind(index)]
-        bounds = _bounds(layer, LayerWalk(layer, hidden, kind, shape))
+        scales = _input_scales(layer, LayerWalk(layer, hidden, kind, shape), scheme)
         for stream in trials:
-            run_layer(layer, stream, kind, shape)
-        for linears, tried in _trials(layer, plain, scheme, bounds, kind, shape):
+            run_layer(layer, stream, kind)
+        for linears, tried in _trials(layer, plain, scheme, scales, kind):
             names.append(tuple(f"layers.{index}.{name}.weight" for name in linears))
             trials.append(tried)
-        run_layer(layer, plain, kind, shape)
+        run_layer(layer, plain, kind)
         if progress:
             progress(index + 1, shape.num_layers)
     head = Head(model)
@@ -105,12 +104,14 @@ def choose_kept(trials: Sequence[Trial], share: float, linears: int) -> frozense
     return frozenset(kept)
 
 
-def _bounds(layer: DecoderLayer, walk: LayerWalk) -> list[float]:
-    """The largest input of each stage; the walk passes through the layer."""
+def _input_scales(layer: DecoderLayer, walk: LayerWalk, scheme: Scheme) -> list[float]:
+    """The int8 scale of each stage's input; the walk passes through the layer."""
     found = []
     for number, names in enumerate(STAGES):
-        reads = linear_of(layer, names[0]).reads
-        found.append(max(float(reads(x).abs().amax()) for x in walk.inputs(number)))
+        reads, observer = linear_of(layer, names[0]).reads, Observer()
+        for inputs in walk.inputs(number):
+            observer.add(reads(inputs))
+        found.append(observer.scale(scheme.range))
     walk.finish()
     return found
 
@@ -119,9 +120,8 @@ def _trials(
     layer: DecoderLayer,
     plain: Tensor,
     scheme: Scheme,
-    bounds: Sequence[float],
+    scales: Sequence[float],
     shared: LayerInputs,
-    shape: ModelShape,
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """The stream behind the layer for each way of quantising a part of it."""
     for number, names in enumerate(STAGES):
@@ -129,19 +129,19 @@ def _trials(
         for unit in units:
             stream = plain.clone()
             linears = {name: linear_of(layer, name) for name in unit}
-            with _quantized(linears, scheme, bounds[number]):
-                run_layer(layer, stream, shared, shape)
+            with _quantized(linears, scheme, scales[number]):
+                run_layer(layer, stream, shared)
             yield unit, stream
 
 
 @contextmanager
-def _quantized(linears: Mapping[str, Linear], scheme: Scheme, bound: float) -> Iterator[None]:
+def _quantized(linears: Mapping[str, Linear], scheme: Scheme, scale: float) -> Iterator[None]:
     """Linear layers as the scheme would have them, for a while."""
     before = [(linear.weight.data, linear.reads) for linear in linears.values()]
     for name, linear in linears.items():
         format = scheme.format_of(name)
         if scheme.activation_bits is not None:
-            linear.reads = replace(linear.reads, scale=bound / INT8_HIGH)
+            linear.reads = replace(linear.reads, scale=scale)
         if format is not None:
             quantized = quantize_symmetric(linear.weight.data, format, clip=scheme.clip)
             linear.weight.data = quantized.dequantize()

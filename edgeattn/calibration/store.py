@@ -64,8 +64,19 @@ class LayerStore:
         """Whether a layer is finished."""
         return self._file(layer).exists()
 
-    def write(self, layer: int | str, linears: Mapping[str, StoredLinear]) -> None:
-        """Stores a finished layer; the file appears whole or not at all."""
+    def write(
+        self,
+        layer: int | str,
+        linears: Mapping[str, StoredLinear],
+        cache_scales: tuple[float, float] | None = None,
+    ) -> None:
+        """Stores a finished layer; the file appears whole or not at all.
+
+        Args:
+            layer: its number, or `HEAD`.
+            linears: by name.
+            cache_scales: of keys and of values in an int8 cache.
+        """
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for name, linear in linears.items():
@@ -78,7 +89,8 @@ class LayerStore:
             }
         file = self._file(layer)
         partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"linears": json.dumps(about)})
+        metadata = {"layer": json.dumps({"linears": about, "cache_scales": cache_scales})}
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(file)
 
     def remembered(self, name: str, make: Callable[[], Any]) -> Any:
@@ -112,6 +124,11 @@ class LayerStore:
         scales = {name: about["input_scale"] for name, about in self._about(layer).items()}
         return {name: scale for name, scale in scales.items() if scale is not None}
 
+    def cache_scales(self, layer: int) -> tuple[float, float] | None:
+        """Scales of keys and of values in an int8 cache; None where it is floating point."""
+        found = self._metadata(layer, "cache_scales")
+        return None if found is None else (float(found[0]), float(found[1]))
+
     def _place(self, parameter: str) -> tuple[int | str, str] | None:
         """Layer and linear layer of a weight's name; None where it is none of the store's."""
         if parameter == LM_HEAD:
@@ -129,16 +146,19 @@ class LayerStore:
         return StoredLinear(QuantizedTensor(qdata, scale, format), about["input_scale"])
 
     def _about(self, layer: int | str) -> dict[str, Any]:
+        found: dict[str, Any] = self._metadata(layer, "linears")
+        return found
+
+    def _metadata(self, layer: int | str, key: str) -> Any:
         try:
             with safe_open(self._file(layer), "pt") as file:
-                found: dict[str, Any] = json.loads((file.metadata() or {})["linears"])
-        except (SafetensorError, KeyError, ValueError) as error:
+                return json.loads((file.metadata() or {})["layer"])[key]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 expected=f"finished layers in {self._folder}",
                 came=f"{self._file(layer).name} does not read ({error})",
                 todo="delete the folder and start again",
             ) from error
-        return found
 
     def _file(self, layer: int | str) -> Path:
         name = layer if isinstance(layer, str) else f"layer-{layer:04d}"

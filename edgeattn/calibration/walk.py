@@ -8,7 +8,7 @@ from torch import Tensor
 
 from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
-from edgeattn.models.stream import batches, no_past
+from edgeattn.models.stream import batches
 from edgeattn.shape import ModelShape
 
 # Linear layers that read the same input, in the order they run.
@@ -60,10 +60,19 @@ class LayerWalk:
         size = (*self._hidden.shape[:2], self._shape.q_size)
         self._mixed = self._hidden.new_empty(size)
         for rows, mixed in zip(batches(self._hidden), batches(self._mixed), strict=True):
-            past = no_past(self._shape, len(rows), dtype=rows.dtype)
-            normed = self._layer.input_layernorm(rows)
-            mixed.copy_(self._layer.self_attn.mix(normed, self._shared, past)[0])
+            attention, normed = self._layer.self_attn, self._layer.input_layernorm(rows)
+            past = attention.no_past(len(rows), rows.dtype)
+            mixed.copy_(attention.mix(normed, self._shared, past)[0])
             yield mixed
+
+    def heads(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values behind their rotary positions, once stage 0 has been asked for.
+
+        Each `[n, heads, L, D]` for a few windows.
+        """
+        for rows in batches(self._hidden):
+            normed = self._layer.input_layernorm(rows)
+            yield self._layer.self_attn.heads_of(normed, self._shared.rotary)
 
     def _mlp_inputs(self) -> Iterator[Tensor]:
         assert self._mixed is not None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgeattn.models.group_query import KeyCounts, count_keys, group_query_attention
 from edgeattn.models.linear import Linear
+from edgeattn.quant.kv_cache import Int8Cache, to_int8
 from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
 OperatorForm = Literal["standard", "primitive", "group-query"]
@@ -245,7 +246,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self attention over past and new keys; parameter names are Hugging Face's."""
+    """Self attention over past and new keys; parameter names are Hugging Face's.
+
+    Attributes:
+        cache: int8 format of past and present; None holds them as they are computed. A traced layer
+            holds them so, the exporter inserts the rest.
+    """
 
     def __init__(self, shape: ModelShape, form: OperatorForm) -> None:
         super().__init__()
@@ -253,6 +259,7 @@ class Attention(nn.Module):
         self.kv_heads = (shape.num_kv_heads, shape.head_dim)
         self.form: OperatorForm = form
         self.softcap = shape.attention_softcap
+        self.cache: Int8Cache | None = None
         self.sizes = [shape.q_size, shape.kv_size, shape.kv_size]
         self.fused = shape.fused
         if shape.fused:
@@ -296,15 +303,46 @@ class Attention(nn.Module):
                 heads=self.heads[0],
                 softcap=self.softcap,
             )
+        q, k, v = self.heads_of(x, shared.rotary)
+        if self.cache is not None:
+            q, k = self.cache.rotate(q), self.cache.rotate(k)
+            k, v = to_int8(k, self.cache.key_scale), to_int8(v, self.cache.value_scale)
+        present = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        keys, values = present
+        if self.cache is not None:
+            keys = keys.to(q.dtype) * self.cache.key_scale
+            values = values.to(q.dtype) * self.cache.value_scale
+        y = attend(q, keys, values, shared.keys, self.form, self.softcap)
+        return y.transpose(1, 2).flatten(2), present
+
+    def heads_of(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, D]`, keys and values `[B, Hkv, T, D]` of new tokens.
+
+        Args:
+            x: `[B, T, hidden]`.
+            rotary: positions of queries and keys, see `LayerInputs`.
+        """
         q, k, v = self._project(x)
         q = torch.unflatten(q, -1, self.heads).transpose(1, 2)
         k = torch.unflatten(k, -1, self.kv_heads).transpose(1, 2)
         v = torch.unflatten(v, -1, self.kv_heads).transpose(1, 2)
-        if shared.rotary is not None:
-            q, k = apply_rotary(q, *shared.rotary), apply_rotary(k, *shared.rotary)
-        keys, values = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        y = attend(q, keys, values, shared.keys, self.form, self.softcap)
-        return y.transpose(1, 2).flatten(2), (keys, values)
+        if rotary is None:
+            return q, k, v
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def no_past(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values before the first token, `[rows, Hkv, 0, D]` each.
+
+        Args:
+            rows: B.
+            dtype: of activations, which a cache has that is not int8.
+        """
+        heads, width = self.kv_heads
+        held = dtype if self.cache is None else torch.int8
+        empty = torch.zeros(rows, heads, 0, width, dtype=held, device=self.o_proj.weight.device)
+        return empty, empty
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q `[B, T, H * D]`, k and v `[B, T, Hkv * D]`, normalised but not rotated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,11 @@ class Decoder(nn.Module):
 
     def empty_cache(self, batch_size: int) -> KVCache:
         """A past of length 0 for `batch_size` rows."""
-        weight = self.embed_tokens.weight
-        size = (batch_size, self.shape.num_kv_heads, 0, self.shape.head_dim)
-        return tuple(
-            (weight.new_zeros(size), weight.new_zeros(size)) for _ in range(self.shape.num_layers)
-        )
+        dtype = self.embed_tokens.weight.dtype
+        return tuple(block.self_attn.no_past(batch_size, dtype) for block in self.blocks())
+
+    def blocks(self) -> Iterator[DecoderLayer]:
+        """The transformer blocks in their order."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer

@@ -16,6 +16,7 @@ from edgeattn.models.families import parameter_names
 from edgeattn.models.linear import Linear
 from edgeattn.quant.activation import AS_IT_IS, LinearInput
 from edgeattn.quant.affine import QuantizedTensor
+from edgeattn.quant.kv_cache import Int8Cache
 from edgeattn.quant.scheme import WeightFormat
 from edgeattn.shape import ModelShape
 
@@ -45,11 +46,13 @@ class Model:
         shape: the architecture.
         weights: its parameters, lazily.
         reads: how linear layers read their inputs, by the name of the weight; most as they are.
+        caches: formats of int8 caches by layer; the others hold keys and values as computed.
     """
 
     shape: ModelShape
     weights: ModelWeights
     reads: Mapping[str, LinearInput] = field(default_factory=dict)
+    caches: Mapping[int, Int8Cache] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def load_decoder(
             progress(count, len(names))
     decoder.reset_rotary()
     _set_reads(decoder, model, "")
+    for index, block in enumerate(decoder.blocks()):
+        block.self_attn.cache = model.caches.get(index)
     return decoder
 
 
@@ -131,6 +136,7 @@ def load_layer(
             value = rounded(name, model.weights.read(name), weight_dtype)
             parameters[name.removeprefix(prefix)].copy_(value)
     _set_reads(layer, model, prefix)
+    layer.self_attn.cache = model.caches.get(index)
     return layer
 
 

@@ -33,12 +33,6 @@ def window_inputs(
     return layer_inputs(shape, frequencies, ones, positions, dtype=dtype)
 
 
-def no_past(shape: ModelShape, rows: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An empty cache of one layer."""
-    empty = torch.zeros(rows, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype)
-    return empty, empty
-
-
 @torch.inference_mode()
 def final_hidden(
     model: Model, windows: Tensor, *, progress: Callable[[int, int], None] | None = None
@@ -54,16 +48,16 @@ def final_hidden(
     shared = window_inputs(model.shape, windows.shape[1])
     for index in range(model.shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
-        run_layer(layer, hidden, shared[model.shape.layer_kind(index)], model.shape)
+        run_layer(layer, hidden, shared[model.shape.layer_kind(index)])
         if progress:
             progress(index + 1, model.shape.num_layers)
     return hidden
 
 
-def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs, shape: ModelShape) -> None:
+def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs) -> None:
     """Passes `hidden` `[N, L, hidden]` through one layer, in place."""
     for rows in batches(hidden):
-        past = no_past(shape, len(rows), dtype=rows.dtype)
+        past = layer.self_attn.no_past(len(rows), rows.dtype)
         rows.copy_(layer(rows, shared, past)[0])
 
 

@@ -86,15 +86,17 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
     scheme = recipe.scheme
     _check_weights(scheme, target)
     graph = target.software.graph
+    # GroupQueryAttention writes its cache in place, in the dtype it computes in.
+    joined = scheme.kv_bits is not None and graph.kv_cache == "shared-buffer"
     return Lowering(
         target=target.name,
         flavour=target.flavour,
         dtype=dtype,
         scheme=scheme,
         opset=target.opset(int4=4 in scheme.weight_bits),
-        attention=graph.operators,
+        attention="standard" if joined else graph.operators,
         embedding=_embedding_form(target),
-        kv_cache=graph.kv_cache,
+        kv_cache="concat" if joined else graph.kv_cache,
         logits=recipe.logits,  # type: ignore[arg-type]
         batch=recipe.batch,
         context=recipe.context,

@@ -75,4 +75,5 @@ def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: i
 
 def cache_bytes_per_token(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of keys and values that one token adds, over all layers."""
-    return 2 * shape.num_layers * shape.kv_size * DTYPE_BYTES[lowering.dtype]
+    wide = 1 if lowering.scheme.kv_bits is not None else DTYPE_BYTES[lowering.dtype]
+    return 2 * shape.num_layers * shape.kv_size * wide

@@ -57,6 +57,9 @@ class Scheme:
         online: a Hadamard transform at run time before each down projection (R4).
         activation_bits: 8 rounds the inputs of linear layers to int8 with one scale each, measured
             on the calibration text; None keeps them in the target's dtype.
+        range: how those scales are chosen: "max" clips nothing, "mse" where that lessens the error.
+        kv_bits: 8 holds keys and values as int8, with one scale each per layer; under a rotation
+            queries and keys are Hadamard transformed for it at run time (R3).
         keep: largest share of linear layers that stay at the next higher precision (16-bit
             activations, or int8 where weights are int4), chosen by measured sensitivity.
         steps: of learning the rotations.
@@ -75,6 +78,8 @@ class Scheme:
     rotation: Literal["none", "hadamard", "learned", "auto"] = "none"
     online: bool = False
     activation_bits: Literal[8] | None = None
+    range: Literal["max", "mse"] = "max"
+    kv_bits: Literal[8] | None = None
     keep: float = 0.0
     steps: int = 0
     options: tuple[str, ...] = ()
@@ -97,6 +102,11 @@ class Scheme:
         return self.linear if self.small_head else self.embedding
 
     @property
+    def rounds_at_run_time(self) -> bool:
+        """Whether integers are computed when the graph runs, not only when it is exported."""
+        return self.activation_bits is not None or self.kv_bits is not None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a text must be run through the model to quantise it."""
         return self.method == "gptq" or self.activation_bits is not None or self.keep > 0
@@ -117,7 +127,7 @@ class Scheme:
 
 _INT4 = WeightFormat(bits=4, group_size=64)
 _W4 = Scheme("", linear=_INT4, embedding=INT8_PER_CHANNEL, options=("group", "down_proj"))
-_GPTQ = replace(_W4, method="gptq", options=("group", "down_proj", "order", "keep"))
+_GPTQ = replace(_W4, method="gptq", options=("group", "down_proj", "order", "keep", "kv"))
 _SPINQUANT = replace(_GPTQ, rotation="hadamard", options=(*_GPTQ.options, "head", "rotation"))
 _W8A8 = Scheme(
     "",
@@ -125,7 +135,7 @@ _W8A8 = Scheme(
     embedding=INT8_PER_CHANNEL,
     activation_bits=8,
     keep=0.05,
-    options=("keep",),
+    options=("keep", "range", "kv"),
 )
 
 SCHEMES: dict[str, Scheme] = {
@@ -149,7 +159,7 @@ SCHEMES: dict[str, Scheme] = {
             name="w8a8-spinquant",
             rotation="hadamard",
             online=True,
-            options=("keep", "rotation", "online"),
+            options=(*_W8A8.options, "rotation", "online"),
         ),
     )
 }
@@ -221,6 +231,8 @@ _OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
     "order": _choice("order", "act_order", {"act": True, "natural": False}),
     "rotation": _choice("rotation", "rotation", {n: n for n in ("hadamard", "auto", "none")}),
     "online": _choice("online", "online", {"on": True, "off": False}),
+    "range": _choice("range", "range", {n: n for n in ("max", "mse")}),
+    "kv": _choice("kv", "kv_bits", {"int8": 8, "float": None}),
     "keep": _with_keep,
     "steps": _with_steps,
 }

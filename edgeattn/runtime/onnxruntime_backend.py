@@ -184,6 +184,7 @@ class OnnxRuntimeBackend:
 # Numbers of onnx.TensorProto.DataType, which covers bfloat16, unlike numpy's names.
 _ELEMENT_TYPES: Mapping[str, int] = {
     "tensor(float)": 1,
+    "tensor(int8)": 3,
     "tensor(float16)": 10,
     "tensor(bfloat16)": 16,
 }

@@ -32,7 +32,8 @@ def fuse_projections(model: Model) -> Model:
         for fused, (first, *_) in FUSED.items():
             name = name.replace(first, fused)
         reads[name] = read
-    return Model(replace(model.shape, fused=True), _FusedWeights(model.weights), reads)
+    shape = replace(model.shape, fused=True)
+    return replace(model, shape=shape, weights=_FusedWeights(model.weights), reads=reads)
 
 
 def _alike(model: Model) -> bool:

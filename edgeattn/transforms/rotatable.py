@@ -23,7 +23,7 @@ from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, LM_HEAD
 from edgeattn.models.linear import Linear
 from edgeattn.models.model import Model, load_layer, rounded
-from edgeattn.models.stream import no_past, window_inputs
+from edgeattn.models.stream import window_inputs
 from edgeattn.quant.activation import INT8_HIGH, INT8_LOW, LinearInput
 from edgeattn.quant.hadamard import HadamardFactors
 from edgeattn.quant.scheme import Scheme, WeightFormat
@@ -161,8 +161,7 @@ class RotatableModel:
         hidden: Tensor,
         inputs: LayerInputs,
     ) -> Tensor:
-        with self._device:
-            past = no_past(self._shape, len(hidden), dtype=hidden.dtype)
+        past = layer.self_attn.no_past(len(hidden), hidden.dtype)
         found: Tensor = functional_call(layer, dict(parameters), (hidden, inputs, past))[0]
         return found
 

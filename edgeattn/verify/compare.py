@@ -114,7 +114,7 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
         comparisons.append(Comparison(name, error, low, allowed))
     top1, kl = distribution_agreement(found, golden.expected)
     max_kl = None
-    if lowering.scheme.activation_bits is not None:
+    if lowering.scheme.rounds_at_run_time:
         max_kl = 2 * golden.low_precision_error.get(KL, 0.0) + MAX_KL
     return Agreement(backend, tuple(comparisons), top1, kl, max_kl)
 
@@ -127,7 +127,7 @@ def _plain_errors(golden: Golden, lowering: Lowering) -> dict[str, float]:
     stands for all of them.
     """
     errors = golden.low_precision_error
-    if lowering.scheme.activation_bits is None:
+    if not lowering.scheme.rounds_at_run_time:
         return errors
     largest: dict[str, float] = {}
     for name, error in errors.items():

@@ -17,6 +17,7 @@ from edgeattn.verify.cases import StepInputs
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 # Room for the longest case, so that caches are appended to in place.
 _CONTEXT = 64
 
@@ -61,8 +62,7 @@ class OrtBackend:
             if past is None:
                 heads, head_dim = declared.shape[1], declared.shape[3]
                 size = (inputs.input_ids.shape[0], heads, 0, head_dim)
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[declared.type]
-                feeds[name] = np.zeros(size, dtype=dtype)
+                feeds[name] = np.zeros(size, dtype=_DTYPES[declared.type])
             else:
                 feeds[name] = past[name.replace(PAST, PRESENT)]
         values = self._session.run(self._outputs, feeds)

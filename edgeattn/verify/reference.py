@@ -110,8 +110,7 @@ class _Walk:
     def _run_case(
         self, module: DecoderLayer, index: int, case: Case, hidden: list[Tensor], run: _Run
     ) -> None:
-        size = (hidden[0].shape[0], self.shape.num_kv_heads, 0, self.shape.head_dim)
-        past = (torch.zeros(size, dtype=run.dtype), torch.zeros(size, dtype=run.dtype))
+        past = module.self_attn.no_past(len(hidden[0]), run.dtype)
         for i, step in enumerate(case.steps):
             shared = layer_inputs(
                 self.shape,

@@ -18,7 +18,7 @@ from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.linear import Linear, linear_of
 from edgeattn.models.model import Model, load_layer, model_of
-from edgeattn.models.stream import BATCH, embed_windows, no_past, run_layer, window_inputs
+from edgeattn.models.stream import BATCH, embed_windows, run_layer, window_inputs
 from edgeattn.quant.activation import LinearInput
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
 
@@ -62,7 +62,7 @@ class Setting:
     def behind(self, layer: DecoderLayer) -> Tensor:
         """The stream behind the layer, the usual way."""
         stream = self.hidden.clone()
-        run_layer(layer, stream, self.shared, self.shape)
+        run_layer(layer, stream, self.shared)
         return stream
 
     def walk(
@@ -90,7 +90,7 @@ class Setting:
         for name, part in layer.named_modules():
             if isinstance(part, Linear):
                 part.register_forward_pre_hook(keep(name))
-        past = no_past(self.shape, len(self.hidden), dtype=torch.float32)
+        past = layer.self_attn.no_past(len(self.hidden), torch.float32)
         layer(self.hidden.clone(), self.shared, past)
         return found
 

@@ -23,6 +23,7 @@ from onnx import numpy_helper as numpy_tensor
 from edgeattn.calibration.store import LayerStore
 from edgeattn.devices.registry import parse_target
 from edgeattn.exporters.export import export_graph
+from edgeattn.exporters.inserter import Inserter
 from edgeattn.exporters.reads import insert_reads
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import TORCH_DTYPES, Model, load_decoder, model_of
@@ -369,7 +370,7 @@ READS: dict[str, dict[str, LinearInput]] = {
 def test_each_layer_reads_as_it_is_told(name: str) -> None:
     reads = READS[name]
     model, weights = graph_of_three()
-    insert_reads(model, reads, ir.DataType.FLOAT)
+    insert_reads(model, reads, Inserter(model, ir.DataType.FLOAT))
     x = np.random.default_rng(1).normal(size=(4, WIDTH)).astype(np.float32)
 
     def product(value: torch.Tensor, weight: str) -> torch.Tensor:
@@ -405,7 +406,7 @@ def run_ir(model: ir.Model, x: np.ndarray) -> list[np.ndarray]:
 )
 def test_no_more_nodes_than_needed(name: str, rotations: int, roundings: int) -> None:
     model, _ = graph_of_three()
-    insert_reads(model, READS[name], ir.DataType.FLOAT)
+    insert_reads(model, READS[name], Inserter(model, ir.DataType.FLOAT))
     kinds = Counter(node.op_type for node in model.graph)
     assert kinds["HadamardTransform"] == rotations
     assert kinds["QuantizeLinear"] == kinds["DequantizeLinear"] == roundings

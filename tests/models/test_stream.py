@@ -24,7 +24,6 @@ from edgeattn.models.stream import (
     batches,
     embed_windows,
     final_hidden,
-    no_past,
     run_layer,
     window_inputs,
 )
@@ -93,7 +92,7 @@ def test_layer_by_layer_equals_the_decoder(model: Model, windows: Tensor) -> Non
     shared = window_inputs(model.shape, windows.shape[1])
     for index in range(model.shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
-        run_layer(layer, stream, shared[model.shape.layer_kind(index)], model.shape)
+        run_layer(layer, stream, shared[model.shape.layer_kind(index)])
         torch.testing.assert_close(stream, hidden[index + 1], atol=TOLERANCE, rtol=1e-5)
     torch.testing.assert_close(Head(model).logits(stream), logits, atol=TOLERANCE, rtol=1e-5)
 
@@ -138,7 +137,7 @@ def test_a_layer_changes_the_stream_in_place(llama: Model, windows: Tensor) -> N
     before, place = stream.clone(), stream.data_ptr()
     layer = load_layer(llama, 0, weight_dtype=torch.float32)
     shared = window_inputs(llama.shape, windows.shape[1])
-    run_layer(layer, stream, shared[llama.shape.layer_kind(0)], llama.shape)
+    run_layer(layer, stream, shared[llama.shape.layer_kind(0)])
     assert stream.data_ptr() == place
     assert not torch.equal(stream, before)
 
@@ -150,12 +149,6 @@ def test_batches_are_views_of_a_few_windows_each() -> None:
     rows[1] += 1
     assert stream[BATCH : 2 * BATCH].min() == 1
     assert stream.sum() == rows[1].numel()
-
-
-def test_no_past_is_an_empty_cache(llama: Model) -> None:
-    keys, values = no_past(llama.shape, 3, dtype=torch.float16)
-    assert keys.shape == values.shape == (3, 2, 0, 16)
-    assert keys.dtype == torch.float16
 
 
 def test_progress_counts_layers(llama: Model, windows: Tensor) -> None:

@@ -65,10 +65,14 @@ MEANINGS: dict[str, dict[str, object]] = {
     "keep=100%": {"keep": 1.0},
     "head=w4": {"small_head": True},
     "head=w8": {"small_head": False},
+    "range=max": {"range": "max"},
+    "range=mse": {"range": "mse"},
+    "kv=int8": {"kv_bits": 8},
+    "kv=float": {"kv_bits": None},
     "steps=1": {"steps": 1},
     "steps=100000": {"steps": 100_000},
 }
-GPTQ = {"group", "down_proj", "order", "keep"}
+GPTQ = {"group", "down_proj", "order", "keep", "kv"}
 OPTIONS = {
     "none": set(),
     "w8-rtn": set(),
@@ -76,8 +80,8 @@ OPTIONS = {
     "w4a16-gptq": GPTQ,
     "w4a16-spinquant": GPTQ | {"head", "rotation"},
     "w4a16-spinquant-learned": GPTQ | {"head", "steps"},
-    "w8a8": {"keep"},
-    "w8a8-spinquant": {"keep", "rotation", "online"},
+    "w8a8": {"keep", "range", "kv"},
+    "w8a8-spinquant": {"keep", "range", "kv", "rotation", "online"},
 }
 PAIRS = [
     (name, item)

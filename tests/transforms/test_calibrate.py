@@ -101,9 +101,9 @@ def step_by_step(
     shared = window_inputs(model.shape, windows.shape[1])
     for index in range(model.shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
-        arguments = (shared[model.shape.layer_kind(index)], model.shape)
+        kind = shared[model.shape.layer_kind(index)]
         for names in STAGES:
-            inputs = captured(layer, partial(run_layer, layer, hidden.clone(), *arguments))
+            inputs = captured(layer, partial(run_layer, layer, hidden.clone(), kind))
             for name in names:
                 linear = linear_of(layer, name)
                 seen = linear.reads(inputs[name])
@@ -120,7 +120,7 @@ def step_by_step(
                 )
                 found[f"layers.{index}.{name}.weight"] = weight, float(seen.abs().max())
                 linear.weight.copy_(weight.dequantize())
-        run_layer(layer, hidden, *arguments)
+        run_layer(layer, hidden, kind)
     return found
 
 

@@ -1,0 +1,67 @@
+"""Which int8 scale suits numbers that are seen a part at a time, as those of a calibration text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgeattn.quant.activation import INT8_HIGH
+
+Clip = Literal["max", "mse"]
+
+_BINS = 4096
+# Scales tried by "mse", as shares of the one that clips nothing: the least is 16 bins wide.
+_SHARES = torch.logspace(-1, 0, 60, dtype=torch.float64)
+# A scale must not be 0 in any dtype, whatever was seen.
+_LEAST_SCALE = 1e-6
+
+
+class Observer:
+    """A histogram of magnitudes, whose range grows with what is seen."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(_BINS, dtype=torch.float64)
+        self._range = 0.0  # where the last bin ends
+        self._largest = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Counts finite numbers of any shape."""
+        largest = float(x.abs().amax()) if x.numel() else 0.0
+        if largest == 0:
+            self._counts[0] += x.numel()
+            return
+        self._largest = max(self._largest, largest)
+        self._widen(largest)
+        magnitudes = x.abs().float().flatten()
+        self._counts += torch.histc(magnitudes, _BINS, 0, self._range).double()
+
+    def _widen(self, largest: float) -> None:
+        """Doubles the range until it holds `largest`; two bins become one each time."""
+        if self._range == 0:
+            self._range = largest
+        while self._range < largest:
+            pairs = self._counts.view(-1, 2).sum(1)
+            self._counts = torch.cat((pairs, torch.zeros_like(pairs)))
+            self._range *= 2
+
+    def scale(self, clip: Clip, dtype: torch.dtype = torch.float32) -> float:
+        """The scale of symmetric int8, a number of `dtype`.
+
+        Args:
+            clip: "max" maps the largest magnitude to 127, "mse" clips it where that makes the mean
+                squared error of all numbers less.
+            dtype: in which the graph stores it.
+        """
+        whole = max(self._largest / INT8_HIGH, _LEAST_SCALE)
+        share = 1.0 if clip == "max" else self._best_share(whole)
+        return float(torch.tensor(max(share * whole, _LEAST_SCALE)).to(dtype))
+
+    def _best_share(self, whole: float) -> float:
+        seen = self._counts.nonzero().squeeze(1)
+        values = (seen.double() + 0.5) * (self._range / _BINS)
+        scales = (_SHARES * whole).unsqueeze(1)
+        rounded = (values / scales).round().clamp(max=INT8_HIGH) * scales
+        errors = ((rounded - values).square() * self._counts[seen]).sum(1)
+        return float(_SHARES[errors.argmin()])
