@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
+from edgeattn.text_file import read_text_file
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -35,7 +36,7 @@ def read_text(path: Path) -> str:
                 came="the folder has none",
                 todo="put texts there or pass a file",
             )
-    text = "\n".join(_read_file(file) for file in files)
+    text = "\n".join(read_text_file(file) for file in files)
     if not text.strip():
         raise RuntimeInputError(
             expected=f"a text in {path}", came="it is empty", todo="pass a text of some pages"
@@ -129,23 +130,6 @@ def _check_vocabulary(highest: int, vocab_size: int) -> None:
             came=f"the text has token {highest}",
             todo="put the model's own tokenizer.json into the checkpoint",
         )
-
-
-def _read_file(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise RuntimeInputError(
-            expected=f"a text at {file}",
-            came=f"it cannot be read ({error.strerror})",
-            todo="check the path",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RuntimeInputError(
-            expected=f"UTF-8 in {file}",
-            came=f"byte {error.start} does not fit",
-            todo="convert the text to UTF-8",
-        ) from error
 
 
 def _load_tokenizer(content: bytes) -> Tokenizer:

@@ -85,21 +85,9 @@ def _evaluate(session: Session, text: str, windows: int, length: int) -> Evaluat
 
 def _read(file: Path) -> str:
     from edgeattn.errors import RuntimeInputError
+    from edgeattn.text_file import read_text_file
 
-    try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise RuntimeInputError(
-            expected=f"a text at {file}",
-            came=f"it cannot be read ({error.strerror})",
-            todo="check the path",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RuntimeInputError(
-            expected=f"UTF-8 in {file}",
-            came=f"byte {error.start} does not fit",
-            todo="convert the text to UTF-8",
-        ) from error
+    text = read_text_file(file)
     if not text.strip():
         raise RuntimeInputError(
             expected=f"a text in {file}", came="the file is empty", todo="pass a text of some pages"

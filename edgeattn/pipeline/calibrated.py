@@ -148,6 +148,8 @@ class CalibratedQuantizer:
             kept=kept,
             progress=self.clock.count,
         )
+        if quantized.caches:
+            notes["int8 cache"] = _about_caches(quantized)
         return quantized, notes
 
     def _trials(self, model: Model, store: LayerStore) -> list[Trial]:
@@ -188,3 +190,15 @@ class CalibratedQuantizer:
     def _folder(self) -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
         return self.work
+
+
+def _about_caches(model: Model) -> dict[str, Any]:
+    """Notes on caches that all have one form."""
+    rotation = next(iter(model.caches.values())).rotation
+    keys, values = zip(*(cache.scales for cache in model.caches.values()), strict=True)
+    rotated = "no" if rotation is None else f"Hadamard of {rotation.size} at run time"
+    return {
+        "queries and keys rotated": rotated,
+        "key scales": f"{min(keys):.3g} to {max(keys):.3g}",
+        "value scales": f"{min(values):.3g} to {max(values):.3g}",
+    }

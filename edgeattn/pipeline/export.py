@@ -16,6 +16,7 @@ from edgeattn.errors import BundleError
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
 from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
+    open_checked,
     proof_tokens,
     require_export_extra,
     require_texts,
@@ -158,22 +159,19 @@ def export(
     Raises:
         EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
     """
-    from edgeattn.models.hub import Outline, find_hub_id, open_model, read_outline
-
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_texts(recipe)
     require_export_extra()
     clock = Clock(progress)
     with rare_collections(), open_writer(output, force=force) as writer:
-        clock.start("reading the checkpoint")
-        if find_hub_id(model):  # what cannot be exported is refused before it is downloaded
-            outline = read_outline(model, offline=offline)
-            _check_disk(_plan(lowering, outline, target, output, verify), output)
-        checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
-        plan = _plan(lowering, Outline.of(checkpoint), target, output, verify)
-        _check_disk(plan, output)
-        return _export(checkpoint, recipe, target, plan.lowering, writer, output, verify, clock)
+        checkpoint, fitted = open_checked(
+            model,
+            lambda outline: _fitting(_plan(lowering, outline, target, output, verify), output),
+            clock,
+            offline=offline,
+        )
+        return _export(checkpoint, recipe, target, fitted, writer, output, verify, clock)
 
 
 def _plan(
@@ -195,13 +193,15 @@ def _plan(
     return ExportPlan(lowering, expected, shutil.disk_usage(place).free)
 
 
-def _check_disk(plan: ExportPlan, output: Path) -> None:
+def _fitting(plan: ExportPlan, output: Path) -> Lowering:
+    """What the plan decided, where the disk can hold it."""
     if not plan.fits:
         raise BundleError(
             expected=f"{plan.estimate.disk_bytes / 1e6:,.1f} MB of free disk for {output}",
             came=f"{plan.free_bytes / 1e6:,.1f} MB are free",
             todo="free some space or choose another folder with -o",
         )
+    return plan.lowering
 
 
 def _export(

@@ -23,7 +23,7 @@ from edgeattn.devices.registry import parse_target
 from edgeattn.errors import BundleError, LoweringError, MissingDependencyError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.export import work_folder
-from edgeattn.pipeline.transform import Transformed, require_texts, transform
+from edgeattn.pipeline.transform import Transformed, open_checked, require_texts, transform
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.quant.scheme import Scheme
 from edgeattn.recipe import Recipe
@@ -50,6 +50,7 @@ class QuantizeReport:
         transforms: what each transform reports, JSON-ready.
         activation_scales: of int8 inputs, by the weight they are multiplied with; a checkpoint
             cannot carry them, so they are not applied in it.
+        cache_scales: of keys and of values in an int8 cache, by layer; not applied either.
         seconds: wall time by stage.
     """
 
@@ -59,12 +60,13 @@ class QuantizeReport:
     weight_files: Mapping[str, int]
     transforms: Mapping[str, Any]
     activation_scales: Mapping[str, float]
+    cache_scales: Mapping[int, tuple[float, float]]
     seconds: Mapping[str, float]
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether the scheme also rounds activations, which the written checkpoint does not."""
-        return self.scheme.activation_bits is not None
+        """Whether the scheme also rounds at run time, which the written checkpoint does not."""
+        return self.scheme.rounds_at_run_time
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -82,6 +84,7 @@ class QuantizeReport:
             "dtype": self.dtype,
             "activations": "not rounded in this copy" if self.rounds_activations else "as they are",
             "activation_scales": dict(self.activation_scales),
+            "cache_scales": dict(self.cache_scales),
             "transforms": dict(self.transforms),
         }
 
@@ -110,18 +113,17 @@ def quantize_checkpoint(
     Raises:
         EdgeattnError: a refusal; nothing is written but finished layers to go on from.
     """
-    from edgeattn.models.hub import find_hub_id, open_model, read_outline
-
     lowering = _lowering(recipe)
     require_texts(recipe)
     _require_torch()
     clock = Clock(progress)
     with open_writer(output, force=force, kind=CHECKPOINT) as writer:
-        clock.start("reading the checkpoint")
-        if find_hub_id(model):  # what cannot be quantised is refused before it is downloaded
-            _check(lowering, read_outline(model, offline=offline).shape, output)
-        checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
-        _check(lowering, checkpoint.shape, output)
+        checkpoint, _ = open_checked(
+            model,
+            lambda outline: _check(lowering, outline.shape, output),
+            clock,
+            offline=offline,
+        )
         transformed = transform(checkpoint, recipe, lowering, work_folder(output), clock)
         report = _write(writer, checkpoint, transformed, lowering, output, clock)
         writer.commit()
@@ -196,8 +198,9 @@ def _write(
     if checkpoint.generation_config:
         writer.write(layout.GENERATION_CONFIG, _json(checkpoint.generation_config))
     scales = {name: read.scale for name, read in model.reads.items() if read.scale is not None}
+    caches = {layer: cache.scales for layer, cache in model.caches.items()}
     report = QuantizeReport(
-        output, lowering.scheme, dtype, files, transformed.notes, scales, clock.seconds
+        output, lowering.scheme, dtype, files, transformed.notes, scales, caches, clock.seconds
     )
     source = {"edgeattn": __version__, "model": checkpoint.name, "source": checkpoint.identity}
     writer.write(REPORT, _json({**source, **report.about()}))

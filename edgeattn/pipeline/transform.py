@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.hub import Outline
     from edgeattn.models.model import Model
 
 CALIBRATION_LENGTH = 512
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,26 @@ class Transformed:
 
     model: Model
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_checked(
+    model: str | Path, check: Callable[[Outline], _Found], clock: Clock, *, offline: bool
+) -> tuple[Checkpoint, _Found]:
+    """Opens a checkpoint that passes a check, and what the check found.
+
+    Args:
+        model: Hugging Face directory, GGUF file or, as a str, a hub id.
+        check: raises what refuses the model; asked before a hub id is downloaded, and after.
+        clock: for the stage.
+        offline: take a hub id from the cache alone.
+    """
+    from edgeattn.models.hub import Outline, find_hub_id, open_model, read_outline
+
+    clock.start("reading the checkpoint")
+    if find_hub_id(model):
+        check(read_outline(model, offline=offline))
+    checkpoint = open_model(model, offline=offline, progress=clock.staged("downloading"))
+    return checkpoint, check(Outline.of(checkpoint))
 
 
 def require_texts(recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,23 +73,20 @@ def perplexity(
         UsageError: a number is too small.
         BundleError: no tokenizer, or a graph that yields the logits of the last position only.
     """
-    _check_numbers(windows, length, skip_characters)
     _check_session(session, length)
-    ids = session.text.encode(text[skip_characters:], add_special_tokens=False)
-    if len(ids) < windows * length:
-        raise RuntimeInputError(
-            expected=f"a text of {windows} windows of {length} tokens "
-            f"after its first {skip_characters} characters",
-            came=f"it has {len(ids)} tokens there, enough for {len(ids) // length} windows",
-            todo="take a longer text, or fewer or shorter windows",
-        )
+    rows = consecutive_windows(
+        lambda part: session.text.encode(part, add_special_tokens=False),
+        text,
+        windows=windows,
+        length=length,
+        skip_characters=skip_characters,
+    )
     started = time.perf_counter()
     total = 0.0
-    for done in range(windows):
-        window = np.array([ids[done * length : (done + 1) * length]], np.int64)
-        total += _negative_log_likelihood(session.run(window).logits[0], window[0])
+    for done, row in enumerate(rows, start=1):
+        total += _negative_log_likelihood(session.run(row[None]).logits[0], row)
         if progress:
-            progress(done + 1, windows)
+            progress(done, windows)
     tokens = windows * (length - 1)
     nll = total / tokens
     return Evaluation(
@@ -100,6 +97,39 @@ def perplexity(
         tokens=tokens,
         seconds=time.perf_counter() - started,
     )
+
+
+def consecutive_windows(
+    encode: Callable[[str], Sequence[int]],
+    text: str,
+    *,
+    windows: int,
+    length: int,
+    skip_characters: int,
+) -> NDArray[np.int64]:
+    """The first windows of a text, one after the other, `[windows, length]`.
+
+    Args:
+        encode: from text to token ids.
+        text: long enough for all windows.
+        windows: how many.
+        length: tokens of each.
+        skip_characters: left out at the start.
+
+    Raises:
+        RuntimeInputError: the text is too short.
+        UsageError: a number is too small.
+    """
+    _check_numbers(windows, length, skip_characters)
+    ids = encode(text[skip_characters:])
+    if len(ids) < windows * length:
+        raise RuntimeInputError(
+            expected=f"a text of {windows} windows of {length} tokens "
+            f"after its first {skip_characters} characters",
+            came=f"it has {len(ids)} tokens there, enough for {len(ids) // length} windows",
+            todo="take a longer text, or fewer or shorter windows",
+        )
+    return np.array(ids[: windows * length], np.int64).reshape(windows, length)
 
 
 def _negative_log_likelihood(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> float:

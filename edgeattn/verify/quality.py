@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeattn.errors import BundleError, ProofError, RuntimeInputError, UsageError
 from edgeattn.planner.lowering import Lowering
+from edgeattn.runtime.perplexity import consecutive_windows
 from edgeattn.verify.cases import StepInputs
 from edgeattn.verify.ort_backend import OrtBackend
 
@@ -82,24 +83,13 @@ def eval_windows(
     """
     from edgeattn.calibration.windows import token_ids
 
-    for name, value, least in (
-        ("number of windows", windows, 1),
-        ("length of a window", length, 2),
-        ("number of characters to skip", skip_characters, 0),
-    ):
-        if value < least:
-            raise UsageError(
-                expected=f"a {name} of at least {least}", came=f"it is {value}", todo="give more"
-            )
-    ids = token_ids(text[skip_characters:], tokenizer_json)
-    if len(ids) < windows * length:
-        raise RuntimeInputError(
-            expected=f"a text of {windows} windows of {length} tokens "
-            f"after its first {skip_characters} characters",
-            came=f"it has {len(ids)} tokens there, enough for {len(ids) // length} windows",
-            todo="take a longer text, or fewer or shorter windows",
-        )
-    return np.array(ids[: windows * length], np.int64).reshape(windows, length)
+    return consecutive_windows(
+        lambda part: token_ids(part, tokenizer_json),
+        text,
+        windows=windows,
+        length=length,
+        skip_characters=skip_characters,
+    )
 
 
 def measure_quality(
