@@ -137,6 +137,7 @@ def test_a_truncated_layer_is_refused(store: LayerStore, tmp_path: Path, left: i
     calls = (
         lambda: store.read(0),
         lambda: store.input_scales(0),
+        lambda: store.cache_scales(0),
         lambda: store.weight("layers.0.mlp.down_proj.weight"),
         lambda: store.format("layers.0.mlp.down_proj.weight"),
     )
@@ -206,3 +207,45 @@ def test_a_result_that_failed_is_made_again(store: LayerStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         store.remembered("sensitivity", fails)
     assert store.remembered("sensitivity", lambda: [1]) == [1]
+
+
+@pytest.mark.parametrize("scales", [(0.0123456789, 1e-6), (1 / 3, 0.5), (2**-20, 65504 / 127)])
+def test_cache_scales_are_read_back_bit_for_bit(
+    store: LayerStore, tmp_path: Path, scales: tuple[float, float]
+) -> None:
+    content = linears()
+    store.write(0, content, scales)
+    store.write(1, content, scales[::-1])
+    again = LayerStore(tmp_path / "work", MADE_FROM)
+    assert (again.cache_scales(0), again.cache_scales(1)) == (scales, scales[::-1])
+    assert again.input_scales(0) == store.input_scales(0)
+    assert list(again.read(0)) == list(content), "a cache is no linear layer"
+
+
+def test_without_an_int8_cache_there_are_no_scales_of_one(store: LayerStore) -> None:
+    store.write(0, linears())
+    store.write(1, linears(), (0.1, 0.2))
+    store.write(2, linears(), None)
+    assert [store.cache_scales(layer) for layer in range(3)] == [None, (0.1, 0.2), None]
+
+
+def test_writing_a_layer_again_replaces_its_cache_scales(store: LayerStore) -> None:
+    store.write(0, linears(), (0.1, 0.2))
+    store.write(0, linears(), (0.3, 0.4))
+    assert store.cache_scales(0) == (0.3, 0.4)
+    store.write(0, linears())
+    assert store.cache_scales(0) is None
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"layer": "{"}, {"layer": '{"linears": {}}'}])
+def test_a_layer_that_says_nothing_of_its_cache_is_refused(
+    store: LayerStore, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    """A layer of an earlier version, or of something else, is not taken for one without."""
+    from safetensors.torch import save_file
+
+    file = tmp_path / "work" / "layer-0000.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata=metadata)
+    with pytest.raises(UsageError, match=r"does not read .* delete the folder") as caught:
+        store.cache_scales(0)
+    assert file.name in str(caught.value)

@@ -150,3 +150,27 @@ def test_a_model_as_measured(shape: ModelShape) -> None:
     """SmolLM2-135M at fp16 with its proof: 292.1 MB, the tokenizer 3.5 MB of them."""
     found = estimate(shape, lowered(shape, "jetson-orin"), text_bytes=3_523_535)
     assert found.disk_bytes == pytest.approx(292.1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin", "l4"])
+@pytest.mark.parametrize("quant", ["w8a8", "w4a16-spinquant"])
+def test_an_int8_cache_takes_one_byte_per_number(
+    shape: ModelShape, target: str, quant: str
+) -> None:
+    fields = {"context": 1024, "batch": 2}
+    plain, small = (
+        estimate(shape, lowered(shape, target, f"{quant}:kv={kv}", **fields))
+        for kv in ("float", "int8")
+    )
+    assert small.cache_bytes_per_token == 2 * 30 * 192  # keys and values, layers, width
+    assert small.cache_bytes == small.cache_bytes_per_token * 1024 * 2
+    wide = {"cpu": 4}.get(target, 2)
+    assert plain.cache_bytes_per_token == wide * small.cache_bytes_per_token
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_dtype_of_activations_does_not_matter_to_an_int8_cache(
+    shape: ModelShape, dtype: str
+) -> None:
+    lowering = lowered(shape, "cpu", "w8a8:kv=int8", dtype=dtype)
+    assert estimate(shape, lowering).cache_bytes_per_token == 2 * 30 * 192

@@ -253,3 +253,57 @@ def test_a_lowering_survives_the_manifest() -> None:
 def test_parameters_and_bytes_of_a_known_model() -> None:
     assert SMOLLM2.num_parameters == 134_515_008  # as the model's page states
     assert weight_bytes(SMOLLM2, plan("jetson-orin")) == 2 * 134_515_008 + 4 * 32
+
+
+KV_SCHEMES = ["w4a16-gptq", "w4a16-spinquant", "w8a8", "w8a8-spinquant"]
+
+
+def cached(quant: str, kv: str) -> str:
+    return f"{quant}{',' if ':' in quant else ':'}kv={kv}"
+
+
+@pytest.mark.parametrize("quant", KV_SCHEMES)
+def test_an_int8_cache_takes_the_cpu_off_its_fast_path(quant: str) -> None:
+    """GroupQueryAttention writes its cache in place, in the dtype it computes in."""
+    fast, joined = (fit(SMOLLM2, "cpu", cached(quant, kv)) for kv in ("float", "int8"))
+    assert (fast.attention, fast.kv_cache) == ("group-query", "shared-buffer")
+    assert (joined.attention, joined.kv_cache) == ("standard", "concat")
+    assert joined.opset >= 23, "Attention exists from opset 23 on"
+    rest = replace(joined, attention=fast.attention, kv_cache=fast.kv_cache, scheme=fast.scheme)
+    assert rest == fast
+
+
+@pytest.mark.parametrize("quant", KV_SCHEMES)
+@pytest.mark.parametrize("target", ["jetson-orin", "jetson-orin@jetpack6.2", "l4"])
+def test_where_caches_are_joined_anyway_int8_changes_nothing(target: str, quant: str) -> None:
+    plain, joined = (fit(SMOLLM2, target, cached(quant, kv)) for kv in ("float", "int8"))
+    assert joined.kv_cache == "concat"
+    assert replace(joined, scheme=plain.scheme) == plain
+
+
+def test_every_target_that_takes_a_scheme_takes_it_with_an_int8_cache() -> None:
+    for target, quant in itertools.product(all_targets(), KV_SCHEMES):
+        plain, joined = (
+            lowered_or_reason(Recipe(target.name, cached(quant, kv)), target)
+            for kv in ("float", "int8")
+        )
+        assert isinstance(plain, str) == isinstance(joined, str), target.name
+        if isinstance(joined, Lowering):
+            assert joined.attention != "group-query"
+            assert joined.kv_cache == "concat"
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin"])
+def test_an_int8_cache_survives_the_manifest(target: str) -> None:
+    lowering = plan(target, "w8a8-spinquant:kv=int8")
+    found = Lowering.from_dict(json.loads(json.dumps(lowering.to_dict())))
+    assert found == lowering
+    assert found.scheme.kv_bits == 8
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin"])
+def test_an_int8_cache_adds_no_weights(target: str) -> None:
+    """Scales and rotations lie in the graph; only the tables of the fast path are gone."""
+    plain, joined = (fit(SMOLLM2, target, cached("w8a8", kv)) for kv in ("float", "int8"))
+    tables = 2 * 8192 * 32 * 4 - 32 * 4 if target == "cpu" else 0
+    assert weight_bytes(SMOLLM2, plain) - weight_bytes(SMOLLM2, joined) == tables

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgeattn.calibration.store import LayerStore
 from edgeattn.calibration.walk import STAGES
+from edgeattn.models.attention import apply_rotary
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.families import EMBEDDING, LM_HEAD, parameter_names
@@ -25,6 +26,8 @@ from edgeattn.models.model import Model, ModelWeights, load_decoder, load_layer,
 from edgeattn.models.stream import BATCH, embed_windows, final_hidden, run_layer, window_inputs
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.gptq import Hessian, gptq
+from edgeattn.quant.hadamard import rotation_matrix
+from edgeattn.quant.observer import Observer
 from edgeattn.quant.scheme import INT8_PER_CHANNEL, Scheme, WeightFormat, parse_scheme
 from edgeattn.transforms.calibrate import quantize_on_text, stored_model
 from edgeattn.transforms.fuse import fuse_projections
@@ -467,3 +470,189 @@ def test_progress_counts_layers(llama: Model, quantized: Callable[..., Model]) -
     seen: list[tuple[int, int]] = []
     quantized(llama, "w8a8", progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# Caches alone, and beside weights and activations that are rounded, rotated or not.
+CACHED = ["w8a8:kv=int8", "w8a8-spinquant:kv=int8", "w4a16-gptq:group=32,kv=int8"]
+ROTATED_CACHED = "w4a16-spinquant:group=32,kv=int8"
+KEYS_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
+
+
+def gptq_and_cache() -> Scheme:
+    """GPTQ on what the quantised layers before give, and nothing else."""
+    scheme = replace(parse_scheme("w8a8:kv=int8"), activation_bits=None, method="gptq")
+    return replace(scheme, linear=WeightFormat(4, 32))
+
+
+def scales(model: Model) -> dict[int, tuple[float, float]]:
+    return {layer: cache.scales for layer, cache in model.caches.items()}
+
+
+def keys_and_values(model: Model, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Those of each layer behind their rotary positions, `[N, H, L, D]`, by hooks."""
+    decoder, outputs = whole(model), {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda part, arguments, output: outputs.update({name: output.clone()})
+
+    for name, part in decoder.named_modules():
+        if name.endswith(KEYS_VALUES):
+            part.register_forward_hook(keep(name))
+    run(decoder, windows)
+    rotary = window_inputs(model.shape, windows.shape[1])[model.shape.layer_kind(0)].rotary
+    assert rotary is not None
+    found = []
+    for layer in range(model.shape.num_layers):
+        keys, values = (
+            outputs[f"layers.{layer}.{name}"].unflatten(-1, (-1, model.shape.head_dim))
+            for name in KEYS_VALUES
+        )
+        found.append((apply_rotary(keys.transpose(1, 2), *rotary), values.transpose(1, 2)))
+    return found
+
+
+def observed(x: Tensor, dtype: torch.dtype) -> float:
+    observer = Observer()
+    observer.add(x)
+    return observer.scale("mse", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("quant", [*CACHED, ROTATED_CACHED])
+def test_cache_scales_are_those_of_the_finished_models_keys_and_values(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model], quant: str, dtype: torch.dtype
+) -> None:
+    scheme = replace(parse_scheme(quant), embedding=None)
+    found = quantized(llama, scheme, scale_dtype=dtype)
+    assert sorted(found.caches) == [0, 1, 2]
+    turned = rotation_matrix(llama.shape.head_dim).float()
+    for layer, (keys, values) in enumerate(keys_and_values(found, windows)):
+        cache = found.caches[layer]
+        assert (cache.rotation is not None) == (scheme.rotation != "none")
+        if cache.rotation is not None:
+            assert cache.key_scale != pytest.approx(observed(keys, dtype), rel=0.01)
+            keys = keys @ turned
+        expected = (observed(keys, dtype), observed(values, dtype))
+        assert cache.scales == pytest.approx(expected, rel=5e-3)
+        for scale in cache.scales:
+            assert scale == float(torch.tensor(scale, dtype=dtype)), "as the graph stores it"
+
+
+def test_cache_scales_follow_what_the_quantised_layers_before_give(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model]
+) -> None:
+    """Scales of the model in floating point are others: the comparison above is worth something."""
+    found = quantized(llama, gptq_and_cache())
+    exact = keys_and_values(llama, windows)
+    for layer, pair in enumerate(exact):
+        alone = tuple(observed(part, torch.float32) for part in pair)
+        assert found.caches[layer].scales != pytest.approx(alone, rel=5e-3)
+
+
+def output_weights(model: Model, source: Model, windows: Tensor) -> list[Tensor]:
+    """Output projections by GPTQ on what they read in `model`, `[outputs, inputs]` integers."""
+    decoder, found = whole(model), []
+    inputs = captured(decoder, lambda: run(decoder, windows))
+    for layer in range(source.shape.num_layers):
+        seen = inputs[f"layers.{layer}.{OUTPUT}"]
+        hessian = Hessian(seen.shape[-1])
+        hessian.add(seen)
+        weight = source.weights.read(f"layers.{layer}.{OUTPUT}.weight")
+        assert isinstance(weight, Tensor)
+        found.append(gptq(weight, hessian.matrix, WeightFormat(4, 32), clip="mse").qdata)
+    return found
+
+
+def test_output_projections_are_fitted_to_what_the_int8_cache_gives(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model]
+) -> None:
+    found = quantized(llama, gptq_and_cache())
+    stored = [read(found, f"layers.{i}.{OUTPUT}.weight").qdata for i in range(3)]
+    with_cache = output_weights(found, llama, windows)
+    without = output_weights(replace(found, caches={}), llama, windows)
+    for here, right, wrong in zip(stored, with_cache, without, strict=True):
+        assert (here != right).float().mean() < 1e-3
+        assert (here != wrong).float().mean() > 3e-3
+
+
+@pytest.mark.parametrize("quant", ["w8a8:kv=int8", "w8a8-spinquant:kv=int8"])
+def test_the_scale_of_an_output_projection_is_that_of_what_the_cache_gives(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model], quant: str
+) -> None:
+    found = quantized(llama, replace(parse_scheme(quant), embedding=None))
+    decoder = whole(found)
+    inputs = captured(decoder, lambda: run(decoder, windows))
+    plain = whole(replace(found, caches={}))
+    others = captured(plain, lambda: run(plain, windows))
+    differences = []
+    for layer in range(3):
+        scale = found.reads[f"layers.{layer}.{OUTPUT}.weight"].scale
+        assert scale is not None
+        largest, other = (
+            float(x[f"layers.{layer}.{OUTPUT}"].abs().max()) for x in (inputs, others)
+        )
+        assert largest == pytest.approx(127 * scale, rel=2e-3)
+        differences.append(abs(other / largest - 1))
+    assert max(differences) > 4e-3
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("quant", [*CACHED, ROTATED_CACHED])
+def test_a_stopped_run_with_int8_caches_goes_on_as_if_it_never_was(
+    llama: Model, quantized: Callable[..., Model], tmp_path: Path, quant: str, after: int
+) -> None:
+    expected = quantized(llama, quant, scale_dtype=torch.float16)
+
+    def stop(done: int, total: int) -> None:
+        if done == after:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        quantized(llama, quant, folder="stopped", progress=stop, scale_dtype=torch.float16)
+    found = quantized(llama, quant, folder="stopped", scale_dtype=torch.float16)
+    files = sorted((tmp_path / "work").glob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes()
+    assert scales(found) == scales(expected)
+    ids = torch.randint(0, 272, (1, 12))
+    assert torch.equal(final_hidden(found, ids), final_hidden(expected, ids))
+
+
+@pytest.mark.parametrize("quant", [*CACHED, ROTATED_CACHED])
+def test_a_complete_store_is_enough_for_int8_caches(
+    llama: Model, quantized: Callable[..., Model], tmp_path: Path, quant: str
+) -> None:
+    scheme = parse_scheme(quant)
+    found = quantized(llama, quant)
+    store = LayerStore(tmp_path / "work", {"scheme": scheme.label})
+    again = stored_model(basis(llama, scheme), scheme, store, scale_dtype=torch.float32)
+    assert scales(again) == scales(found)
+    ids = torch.randint(0, 272, (1, 12))
+    assert torch.equal(final_hidden(again, ids), final_hidden(found, ids))
+
+
+@pytest.mark.parametrize("quant", ["w8a8", "w8a8-spinquant:kv=float", "w4a16-gptq:group=32"])
+def test_without_the_option_caches_stay_as_they_are(
+    llama: Model, quantized: Callable[..., Model], quant: str
+) -> None:
+    assert quantized(llama, quant).caches == {}
+
+
+@pytest.mark.parametrize("quant", ["w8a8", "w8a8-spinquant"])
+def test_int8_caches_lose_little(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model], quant: str
+) -> None:
+    plain = final_hidden(quantized(llama, quant), windows)
+    found = final_hidden(quantized(llama, f"{quant}:kv=int8", folder="cached"), windows)
+    assert 1e-3 < relative(found, plain) < 0.06
+
+
+def test_stacked_projections_keep_int8_caches(
+    llama: Model, windows: Tensor, quantized: Callable[..., Model]
+) -> None:
+    found = quantized(llama, gptq_and_cache())
+    fused = fuse_projections(found)
+    assert fused.caches == found.caches
+    difference = run(whole(fused), windows) - run(whole(found), windows)
+    assert difference.abs().mean() < 1e-3
