@@ -8,7 +8,7 @@ from torch import Tensor
 
 from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
-from edgeattn.models.stream import batches
+from edgeattn.models.stream import batches, run_layer
 from edgeattn.shape import ModelShape
 
 # Linear layers that read the same input, in the order they run.
@@ -87,6 +87,10 @@ class LayerWalk:
         for rows, gated in zip(batches(self._hidden), batches(self._gated), strict=True):
             gated.copy_(self._layer.mlp.gated(self._layer.post_attention_layernorm(rows)))
             yield gated
+
+    def run(self) -> None:
+        """Passes through the whole layer at once, instead of stage by stage."""
+        run_layer(self._layer, self._hidden, self._shared)
 
     def finish(self) -> None:
         """Adds what the MLP gives; the residual stream is then the one behind the layer."""

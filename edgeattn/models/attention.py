@@ -295,6 +295,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As `forward`, without the output projection: `[B, T, H * D]`, and the joined cache."""
         if isinstance(shared.keys, KeyCounts):
+            assert self.cache is None, "GroupQueryAttention holds its cache as computed"
             return group_query_attention(
                 self._group_query_inputs(x),
                 past,

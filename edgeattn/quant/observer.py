@@ -12,7 +12,9 @@ from edgeattn.quant.activation import INT8_HIGH
 Clip = Literal["max", "mse"]
 
 _BINS = 4096
-# Scales tried by "mse", as shares of the one that clips nothing: the least is 16 bins wide.
+# torch counts in fp32: beyond 2^24 in one bin a further number would add nothing.
+_MOST_COUNTED = 2**24
+# Scales tried by "mse", as shares of the one that clips nothing; the least is some 2 bins wide.
 _SHARES = torch.logspace(-1, 0, 60, dtype=torch.float64)
 # A scale must not be 0 in any dtype, whatever was seen.
 _LEAST_SCALE = 1e-6
@@ -34,8 +36,8 @@ class Observer:
             return
         self._largest = max(self._largest, largest)
         self._widen(largest)
-        magnitudes = x.abs().float().flatten()
-        self._counts += torch.histc(magnitudes, _BINS, 0, self._range).double()
+        for part in torch.split(x.abs().float().flatten(), _MOST_COUNTED):
+            self._counts += torch.histc(part, _BINS, 0, self._range).double()
 
     def _widen(self, largest: float) -> None:
         """Doubles the range until it holds `largest`; two bins become one each time."""

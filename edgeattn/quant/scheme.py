@@ -52,6 +52,7 @@ class Scheme:
         method: how integers are chosen: "rtn" rounds each weight to the nearest, "gptq" lets later
             weights make up for the rounding of earlier ones (`quant.gptq`).
         act_order: GPTQ rounds the columns of the largest inputs first.
+        refit: weights first make up for what the layers before them have lost (`quant.refit`).
         rotation: of the residual stream and the value heads (`transforms.rotate`); "auto" keeps
             the Hadamard rotation where it lowers the loss on the calibration text.
         online: a Hadamard transform at run time before each down projection (R4).
@@ -63,6 +64,8 @@ class Scheme:
         keep: largest share of linear layers that stay at the next higher precision (16-bit
             activations, or int8 where weights are int4), chosen by measured sensitivity.
         steps: of learning the rotations.
+        objective: what learning makes small: the cross-entropy of the text's next token, or the KL
+            divergence from the original model's distribution, which does not teach the text.
         options: the names a user may set with `--quant NAME:key=value`.
         settings: those that were set, as key=value.
     """
@@ -75,6 +78,7 @@ class Scheme:
     clip: Literal["mse", "max"] = "mse"
     method: Literal["rtn", "gptq"] = "rtn"
     act_order: bool = False
+    refit: bool = False
     rotation: Literal["none", "hadamard", "learned", "auto"] = "none"
     online: bool = False
     activation_bits: Literal[8] | None = None
@@ -82,6 +86,7 @@ class Scheme:
     kv_bits: Literal[8] | None = None
     keep: float = 0.0
     steps: int = 0
+    objective: Literal["kl", "cross-entropy"] = "kl"
     options: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
@@ -127,15 +132,22 @@ class Scheme:
 
 _INT4 = WeightFormat(bits=4, group_size=64)
 _W4 = Scheme("", linear=_INT4, embedding=INT8_PER_CHANNEL, options=("group", "down_proj"))
-_GPTQ = replace(_W4, method="gptq", options=("group", "down_proj", "order", "keep", "kv"))
+_GPTQ = replace(
+    _W4,
+    method="gptq",
+    refit=True,
+    options=("group", "down_proj", "order", "refit", "keep", "kv"),
+)
 _SPINQUANT = replace(_GPTQ, rotation="hadamard", options=(*_GPTQ.options, "head", "rotation"))
 _W8A8 = Scheme(
     "",
     linear=INT8_PER_CHANNEL,
     embedding=INT8_PER_CHANNEL,
     activation_bits=8,
+    range="mse",
+    refit=True,
     keep=0.05,
-    options=("keep", "range", "kv"),
+    options=("refit", "keep", "range", "kv"),
 )
 
 SCHEMES: dict[str, Scheme] = {
@@ -151,7 +163,7 @@ SCHEMES: dict[str, Scheme] = {
             name="w4a16-spinquant-learned",
             rotation="learned",
             steps=60,
-            options=(*_GPTQ.options, "head", "steps"),
+            options=(*_GPTQ.options, "head", "steps", "objective"),
         ),
         replace(_W8A8, name="w8a8"),
         replace(
@@ -230,6 +242,8 @@ _OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
     "head": _choice("head", "small_head", {"w4": True, "w8": False}),
     "order": _choice("order", "act_order", {"act": True, "natural": False}),
     "rotation": _choice("rotation", "rotation", {n: n for n in ("hadamard", "auto", "none")}),
+    "objective": _choice("objective", "objective", {n: n for n in ("kl", "cross-entropy")}),
+    "refit": _choice("refit", "refit", {"on": True, "off": False}),
     "online": _choice("online", "online", {"on": True, "off": False}),
     "range": _choice("range", "range", {n: n for n in ("max", "mse")}),
     "kv": _choice("kv", "kv_bits", {"int8": 8, "float": None}),

@@ -1,13 +1,16 @@
 """Quantises a model on a text, one layer after the other: GPTQ weights, scales of activations.
 
-Each layer sees what the quantised layers before it give. A finished layer is written to a folder
-at once, so that work that was stopped goes on where it was, and memory stays about one layer plus
-the residual stream of the calibration windows.
+Each layer sees what the quantised layers before it give; a scheme that refits also runs the
+original network beside it, whose outputs every layer then aims at. A finished layer is written to
+a folder at once, so that work that was stopped goes on where it was, and memory stays about one
+layer plus the residual streams of the calibration windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,17 +25,12 @@ from edgeattn.models.model import Model, ModelWeights, load_layer
 from edgeattn.models.stream import Head, batches, embed_windows, run_layer, window_inputs
 from edgeattn.quant.activation import LinearInput
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
-from edgeattn.quant.gptq import Hessian, gptq
-from edgeattn.quant.hadamard import HadamardFactors, hadamard_factors
 from edgeattn.quant.kv_cache import Int8Cache
-from edgeattn.quant.observer import Clip, Observer
-from edgeattn.quant.scheme import INT8_PER_CHANNEL, Scheme, WeightFormat
+from edgeattn.quant.scheme import Scheme, WeightFormat
+from edgeattn.transforms.kv_cache import measured_cache, stored_cache
+from edgeattn.transforms.linear_quantizer import LinearQuantizer
 
 Progress = Callable[[int, int], None]
-
-# Of int8 caches: SmolLM2's perplexity of 28.340 becomes 28.377 so with R3, and
-# 28.391 without; where nothing is clipped 28.419 and 28.477.
-_CACHE_RANGE: Clip = "mse"
 
 
 @torch.inference_mode()
@@ -61,123 +59,77 @@ def quantize_on_text(
     # What the first layer reads in the graph: rows of the quantised table.
     tables = _StoredWeights(model.weights, scheme, store, scale_dtype)
     hidden = embed_windows(replace(model, weights=tables), windows)
+    exact = embed_windows(model, windows) if scheme.refit else None
     shared = window_inputs(shape, windows.shape[1])
     for index in range(shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
         kind = shared[shape.layer_kind(index)]
+        original = None
+        if exact is not None:
+            original = LayerWalk(copy.deepcopy(layer), exact, kind, shape)
         if store.has(index):
             for name, stored in store.read(index).items():
                 _apply(layer, name, stored)
-            layer.self_attn.cache = _stored_cache(scheme, store, index, shape.head_dim)
+            layer.self_attn.cache = stored_cache(scheme, store, index, shape.head_dim)
             run_layer(layer, hidden, kind)
+            if original is not None:
+                original.run()
         else:
             walk = LayerWalk(layer, hidden, kind, shape)
             prefix = f"layers.{index}."
             here = {name.removeprefix(prefix) for name in kept if name.startswith(prefix)}
-            linears = _quantize_layer(layer, walk, scheme, scale_dtype, here)
+            linears = _quantize_layer(layer, walk, original, scheme, scale_dtype, here)
             cache = layer.self_attn.cache
             store.write(index, linears, None if cache is None else cache.scales)
         if progress:
             progress(index + 1, shape.num_layers)
     if scheme.small_head and not store.has(HEAD):
-        store.write(HEAD, {HEAD: _quantize_head(model, scheme, hidden, scale_dtype)})
+        store.write(HEAD, {HEAD: _quantize_head(model, scheme, hidden, exact, scale_dtype)})
     return stored_model(model, scheme, store, scale_dtype=scale_dtype)
 
 
 def _quantize_head(
-    model: Model, scheme: Scheme, hidden: Tensor, scale_dtype: torch.dtype
+    model: Model, scheme: Scheme, hidden: Tensor, exact: Tensor | None, scale_dtype: torch.dtype
 ) -> StoredLinear:
     head = Head(model)
-    statistics = _Statistics(scheme, model.shape.hidden_size)
-    for rows in batches(hidden):
-        statistics.add(head.normed(rows))
-    return StoredLinear(statistics.quantize(HEAD, head.matrix, scale_dtype, keep=False))
+    quantizer = LinearQuantizer(scheme, model.shape.hidden_size, scale_dtype)
+    for rows, wanted in _pairs(batches(hidden), None if exact is None else batches(exact)):
+        quantizer.add(head.normed(rows), None if wanted is None else head.normed(wanted))
+    return quantizer.quantize(HEAD, head.matrix)
 
 
 def _quantize_layer(
     layer: DecoderLayer,
     walk: LayerWalk,
+    original: LayerWalk | None,
     scheme: Scheme,
     scale_dtype: torch.dtype,
     kept: Set[str],
 ) -> dict[str, StoredLinear]:
     found = {}
     for number, names in enumerate(STAGES):
-        if number == 1 and scheme.kv_bits is not None:
-            layer.self_attn.cache = _measured_cache(layer, walk, scheme, scale_dtype)
-        reads = linear_of(layer, names[0]).reads
-        statistics = _Statistics(scheme, linear_of(layer, names[0]).in_features)
-        for inputs in walk.inputs(number):
-            statistics.add(reads(inputs))
+        if number == 1:
+            layer.self_attn.cache = measured_cache(layer, walk, scheme, scale_dtype)
+        first = linear_of(layer, names[0])
+        reads, quantizer = first.reads, LinearQuantizer(scheme, first.in_features, scale_dtype)
+        exact = None if original is None else original.inputs(number)
+        for inputs, wanted in _pairs(walk.inputs(number), exact):
+            quantizer.add(reads(inputs), None if wanted is None else reads(wanted))
         for name in names:
-            keep = f"{name}.weight" in kept
-            weight = statistics.quantize(name, linear_of(layer, name).weight, scale_dtype, keep)
-            scale = None if keep else statistics.input_scale(scale_dtype)
-            found[name] = StoredLinear(weight, scale)
+            weight, keep = linear_of(layer, name).weight, f"{name}.weight" in kept
+            found[name] = quantizer.quantize(name, weight, keep=keep)
             _apply(layer, name, found[name])
     walk.finish()
+    if original is not None:
+        original.finish()
     return found
 
 
-class _Statistics:
-    """What the inputs of one stage are like."""
-
-    def __init__(self, scheme: Scheme, width: int) -> None:
-        self._scheme = scheme
-        self._hessian = Hessian(width) if scheme.method == "gptq" else None
-        self._observer = Observer()
-
-    def add(self, inputs: Tensor) -> None:
-        if self._hessian is not None:
-            self._hessian.add(inputs)
-        if self._scheme.activation_bits is not None:
-            self._observer.add(inputs)
-
-    def quantize(
-        self, name: str, weight: Tensor, scale_dtype: torch.dtype, keep: bool
-    ) -> QuantizedTensor:
-        scheme = self._scheme
-        format = INT8_PER_CHANNEL if keep else scheme.format_of(name)
-        assert format is not None
-        if self._hessian is None or format.bits == 8:
-            return quantize_symmetric(weight, format, clip=scheme.clip, scale_dtype=scale_dtype)
-        return gptq(
-            weight,
-            self._hessian.matrix,
-            format,
-            clip=scheme.clip,
-            scale_dtype=scale_dtype,
-            act_order=scheme.act_order,
-        )
-
-    def input_scale(self, scale_dtype: torch.dtype) -> float | None:
-        """The scale of the inputs, as the graph will store it."""
-        if self._scheme.activation_bits is None:
-            return None
-        return self._observer.scale(self._scheme.range, scale_dtype)
-
-
-def _measured_cache(
-    layer: DecoderLayer, walk: LayerWalk, scheme: Scheme, scale_dtype: torch.dtype
-) -> Int8Cache:
-    """The format of a cache whose keys and values are those of the calibration text."""
-    rotation = _key_rotation(scheme, layer.self_attn.kv_heads[1])
-    keys, values, unscaled = Observer(), Observer(), Int8Cache(1.0, 1.0, rotation)
-    for _, k, v in walk.heads():
-        keys.add(unscaled.rotate(k))
-        values.add(v)
-    key_scale, value_scale = (o.scale(_CACHE_RANGE, scale_dtype) for o in (keys, values))
-    return Int8Cache(key_scale, value_scale, rotation)
-
-
-def _stored_cache(scheme: Scheme, store: LayerStore, index: int, head_dim: int) -> Int8Cache | None:
-    scales = store.cache_scales(index)
-    return None if scales is None else Int8Cache(*scales, _key_rotation(scheme, head_dim))
-
-
-def _key_rotation(scheme: Scheme, head_dim: int) -> HadamardFactors | None:
-    """R3, for the schemes that rotate."""
-    return None if scheme.rotation == "none" else hadamard_factors(head_dim)
+def _pairs(
+    seen: Iterator[Tensor], exact: Iterator[Tensor] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Inputs in the quantised network and, where they are wanted, in the original one."""
+    return zip(seen, itertools.repeat(None)) if exact is None else zip(seen, exact, strict=True)
 
 
 def _apply(layer: DecoderLayer, name: str, stored: StoredLinear) -> None:
@@ -194,7 +146,7 @@ def stored_model(
     reads: dict[str, LinearInput] = dict(model.reads)
     caches: dict[int, Int8Cache] = {}
     for index in range(model.shape.num_layers):
-        cache = _stored_cache(scheme, store, index, model.shape.head_dim)
+        cache = stored_cache(scheme, store, index, model.shape.head_dim)
         if cache is not None:
             caches[index] = cache
         for name, scale in store.input_scales(index).items():

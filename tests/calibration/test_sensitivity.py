@@ -30,7 +30,11 @@ from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
 
 PLANTED = "layers.1.mlp.down_proj.weight"
-SCHEMES = ["w4a16-gptq:group=32,keep=0.1", "w4a16-gptq:group=32,down_proj=w8,keep=0.1", "w8a8"]
+SCHEMES = [
+    "w4a16-gptq:group=32,keep=0.1",
+    "w4a16-gptq:group=32,down_proj=w8,keep=0.1",
+    "w8a8:range=max",
+]
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def largest_inputs(model: Model, windows: Tensor) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("quant", [*SCHEMES, "w8a8-spinquant"])
+@pytest.mark.parametrize("quant", [*SCHEMES, "w8a8-spinquant:range=max"])
 def test_trials_are_whole_runs_with_one_thing_quantised(
     llama: Model, windows: Tensor, quant: str
 ) -> None:

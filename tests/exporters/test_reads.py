@@ -97,7 +97,10 @@ def exported(
 ) -> Exported:
     name, dtype = FORMS[request.param]
     model = model_of(open_checkpoint(random_checkpoint()))
-    target, recipe = parse_target(name), Recipe(name, quant="w8a8-spinquant", dtype=dtype)
+    target, recipe = (
+        parse_target(name),
+        Recipe(name, quant="w8a8-spinquant:range=max,refit=off", dtype=dtype),
+    )
     lowering = fit_lowering(plan_lowering(recipe, target), model.shape, target)
     folder = tmp_path_factory.mktemp("reads")
     model = quantize_on_text(

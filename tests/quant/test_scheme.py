@@ -65,6 +65,10 @@ MEANINGS: dict[str, dict[str, object]] = {
     "keep=100%": {"keep": 1.0},
     "head=w4": {"small_head": True},
     "head=w8": {"small_head": False},
+    "refit=on": {"refit": True},
+    "refit=off": {"refit": False},
+    "objective=kl": {"objective": "kl"},
+    "objective=cross-entropy": {"objective": "cross-entropy"},
     "range=max": {"range": "max"},
     "range=mse": {"range": "mse"},
     "kv=int8": {"kv_bits": 8},
@@ -72,16 +76,16 @@ MEANINGS: dict[str, dict[str, object]] = {
     "steps=1": {"steps": 1},
     "steps=100000": {"steps": 100_000},
 }
-GPTQ = {"group", "down_proj", "order", "keep", "kv"}
+GPTQ = {"group", "down_proj", "order", "refit", "keep", "kv"}
 OPTIONS = {
     "none": set(),
     "w8-rtn": set(),
     "w4-rtn": {"group", "down_proj"},
     "w4a16-gptq": GPTQ,
     "w4a16-spinquant": GPTQ | {"head", "rotation"},
-    "w4a16-spinquant-learned": GPTQ | {"head", "steps"},
-    "w8a8": {"keep", "range", "kv"},
-    "w8a8-spinquant": {"keep", "range", "kv", "rotation", "online"},
+    "w4a16-spinquant-learned": GPTQ | {"head", "steps", "objective"},
+    "w8a8": {"refit", "keep", "range", "kv"},
+    "w8a8-spinquant": {"refit", "keep", "range", "kv", "rotation", "online"},
 }
 PAIRS = [
     (name, item)
