@@ -32,6 +32,8 @@ GOALS = {
     "w8-rtn": 25.05,
     "w4-rtn": 34.0,
     "w4a16-gptq": None,
+    "w4a16-gptq:refit=off": None,
+    "w4a16-spinquant:refit=off": None,
     "w4a16-spinquant": 26.8,
     "w4a16-spinquant:group=128": None,
     "w4a16-spinquant-learned": 26.5,
@@ -40,6 +42,7 @@ GOALS = {
     "w8a8-spinquant:keep=0": None,
     "w8a8-spinquant:keep=0.02": None,
     "w8a8-spinquant:keep=0.1": None,
+    "w4a16-spinquant:kv=int8": None,
 }
 SECONDS_GOAL = {"w4a16-spinquant": 360.0}
 MEMORY_GOAL_MB = {"w4a16-spinquant": 3000.0}
@@ -79,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("schemes", nargs="*", default=list(GOALS))
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--text", type=Path, required=True)
     arguments = parser.parse_args()
     text = arguments.text.read_text("utf-8")

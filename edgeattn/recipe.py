@@ -46,7 +46,7 @@ class Recipe:
     batch: int = 1
     logits: str = "all"
     calibration: str | None = None
-    calibration_windows: int = 128
+    calibration_windows: int = 64
     rotations: str | None = None
     eval_text: str | None = None
     max_ppl_increase: str | None = None

@@ -16,6 +16,8 @@ from edgeattn.bundle.bundle import Bundle
 from edgeattn.engine.tensorrt_rtx import is_available
 from edgeattn.errors import EdgeattnError, ProofError, RuntimeInputError, UsageError
 from edgeattn.pipeline import export, plan_export
+from edgeattn.planner.estimate import graph_bytes
+from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import Recipe
 
@@ -81,6 +83,16 @@ def test_every_calibrated_scheme_is_proven_and_builds(
     assert quality is not None
     assert quality["increase"] < (0.02 if "w8" in scheme else 0.07)
     assert 0 <= quality["kl"] < 0.3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_the_graph_is_as_large_as_estimated(
+    exported: Callable[[str, str], Bundle], scheme: str, target: str
+) -> None:
+    bundle = exported(scheme, target)
+    expected = graph_bytes(bundle.shape, Lowering.from_dict(bundle.manifest.lowering))
+    assert expected == pytest.approx(bundle.manifest.files["model.onnx"].bytes, rel=0.2)
 
 
 def test_all_calibrated_schemes_are_here() -> None:

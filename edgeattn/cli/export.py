@@ -36,7 +36,7 @@ Examples:
 @click.option("--batch", type=int, help="Most rows at once.")
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
 @click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
-@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [128].")
+@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [64].")
 @click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
 @click.option("--eval-text", metavar="FILE", help="Measure the exported graph's quality on it.")
 @click.option("--max-ppl-increase", metavar="10%", help="Refuse a bundle that lost more.")

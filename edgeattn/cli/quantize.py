@@ -36,7 +36,7 @@ Examples:
     "once more, as a bundle in that dtype does].",
 )
 @click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
-@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [128].")
+@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [64].")
 @click.option("--rotations", metavar="FILE", help="Learned rotations to use again.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace an earlier copy that is already there.")

@@ -35,6 +35,10 @@ _PAGE = 4096
 _BLOCK_BYTES = {"standard": 6250, "primitive": 8500, "group-query": 2700}
 _QUANTISED_BYTES = {8: 660, 4: 460}
 _GRAPH_BYTES = 2500
+# Nodes per block that round what its linear layers read, hold its cache as int8, and rotate.
+_ROUNDED_BYTES, _INT8_CACHE_BYTES, _ROTATION_BYTES = 2090, 1130, 490
+# The function of a Hadamard transform, and numbers of its two factors by the width: K^2 + M^2.
+_HADAMARD_BYTES, _HADAMARD_NUMBERS = 1000, 2.2
 
 # golden/: what the proof runs (verify.cases): tokens, forward passes, and tokens whose logits are
 # kept where the graph gives only the last one's. npz leaves 91 % of random mantissas.
@@ -166,7 +170,25 @@ def graph_bytes(shape: ModelShape, lowering: Lowering) -> int:
     shape, linear = stored_shape(shape, lowering), lowering.scheme.linear
     block = _BLOCK_BYTES[lowering.attention]
     block += _QUANTISED_BYTES[linear.bits] * len(shape.linears()) if linear else 0
-    return _GRAPH_BYTES + block * shape.num_layers
+    more, shared = _run_time_bytes(shape, lowering)
+    return int(_GRAPH_BYTES + (block + more) * shape.num_layers + shared)
+
+
+def _run_time_bytes(shape: ModelShape, lowering: Lowering) -> tuple[float, float]:
+    """Bytes per block, and for all, of what is rounded or rotated when the graph runs."""
+    scheme, block = lowering.scheme, 0.0
+    rotated = []
+    if scheme.activation_bits is not None:
+        block += _ROUNDED_BYTES
+    if scheme.kv_bits is not None:
+        block += _INT8_CACHE_BYTES
+        rotated.append(shape.head_dim)
+    if scheme.online:
+        rotated.append(shape.intermediate_size)
+    if scheme.rotation == "none" or not rotated:
+        return block, 0
+    numbers = _HADAMARD_NUMBERS * sum(rotated) * DTYPE_BYTES[lowering.dtype]
+    return block + _ROTATION_BYTES * len(rotated), _HADAMARD_BYTES + numbers
 
 
 def golden_bytes(shape: ModelShape, lowering: Lowering) -> int:

@@ -168,18 +168,21 @@ def test_each_layer_sees_what_the_quantised_ones_before_it_give(
 
 
 def test_refitted_weights_aim_at_the_original_network(llama: Model, tmp_path: Path) -> None:
-    """Over many tokens: few let a last bit grow from layer to layer."""
+    """In layer 0 and the attention of layer 1: a number that a last bit lets round otherwise is
+    made up for by all layers behind it, which therefore differ more and more.
+    """
     windows, weights = torch.randint(0, 272, (BATCH, 512)), []
+    compared = linears(llama)[:11]
     for refit in ("on", "off"):
         scheme = parse_scheme(f"w4a16-gptq:group=32,refit={refit}")
         store = LayerStore(tmp_path / refit, {})
         found = quantize_on_text(llama, scheme, windows, store, scale_dtype=torch.float32)
         expected = step_by_step(llama, scheme, windows)
         weights.append({name: read(found, name) for name in linears(llama)})
-        for name, (weight, _) in expected.items():
-            assert changed(weights[-1][name], weight) < 0.06, name
+        for name in compared:
+            assert changed(weights[-1][name], expected[name][0]) < 0.01, name
     refitted, plain = weights
-    for name in linears(llama)[7:]:
+    for name in compared[1 + len(QKV) :]:
         assert changed(refitted[name], plain[name]) > 0.1, name
 
 
