@@ -13,13 +13,14 @@ import pytest
 pytest.importorskip("torch")
 
 from edgeattn.bundle.bundle import Bundle
-from edgeattn.engine.tensorrt_rtx import is_available
+from edgeattn.engine.tensorrt_rtx import check_build, is_available
 from edgeattn.errors import EdgeattnError, ProofError, RuntimeInputError, UsageError
 from edgeattn.pipeline import export, plan_export
 from edgeattn.planner.estimate import graph_bytes
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import Recipe
+from edgeattn.verify.verify import build_profiles
 
 # The down projections have 172 inputs, which no group divides.
 FOUR_BITS = ":group=32,down_proj=w8"
@@ -83,6 +84,34 @@ def test_every_calibrated_scheme_is_proven_and_builds(
     assert quality is not None
     assert quality["increase"] < (0.02 if "w8" in scheme else 0.07)
     assert 0 <= quality["kl"] < 0.3
+
+
+@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("sm", [75, 80, 89, 120])
+@pytest.mark.parametrize("scheme", ["w8a8-spinquant:kv=int8", "w4a16-spinquant:kv=int8"])
+def test_other_gpus_take_integers_too(
+    exported: Callable[[str, str], Bundle], scheme: str, sm: int
+) -> None:
+    if sm == 75 and scheme.startswith("w4"):
+        pytest.skip("SM75 has no int4 kernels")
+    bundle = exported(scheme, "jetson-orin")
+    lowering = Lowering.from_dict(bundle.manifest.lowering)
+    profiles = build_profiles(lowering, bundle.shape)
+    report = check_build(bundle.model_file, sm=sm, profiles=profiles, timeout_s=300)
+    assert report.status == "built", report.reason
+
+
+def test_refitting_brings_the_graph_closer_to_the_checkpoint(
+    stories260k: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
+    found = {}
+    for refit in ("on", "off"):
+        quant = f"w4a16-gptq{FOUR_BITS},refit={refit}"
+        recipe = Recipe("cpu", quant=quant, calibration_windows=WINDOWS, **texts)
+        report = export(stories260k, recipe, tmp_path / refit, verify=False)
+        assert report.quality is not None
+        found[refit] = report.quality.kl
+    assert found["on"] < 0.85 * found["off"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -156,12 +185,13 @@ def recipe_of(texts: dict[str, str], **fields: Any) -> Recipe:
 def test_a_budget_that_is_missed_leaves_no_bundle(
     stories260k: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(texts, eval_text=texts["eval_text"], max_ppl_increase="0%")
+    asked = {"quant": f"w4a16-gptq{FOUR_BITS},refit=off", "eval_text": texts["eval_text"]}
+    recipe = recipe_of(texts, **asked, max_ppl_increase="0%")
     with pytest.raises(ProofError, match="perplexity") as caught:
         export(stories260k, recipe, tmp_path / "bundle", verify=False)
     assert caught.value.details["increase"] > 0
     assert "bundle" not in left_behind(tmp_path)
-    kept = recipe_of(texts, eval_text=texts["eval_text"], max_ppl_increase="50%")
+    kept = recipe_of(texts, **asked, max_ppl_increase="50%")
     report = export(stories260k, kept, tmp_path / "bundle", verify=False)
     assert report.quality is not None
     assert report.quality.increase == pytest.approx(caught.value.details["increase"])

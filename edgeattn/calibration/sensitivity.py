@@ -91,17 +91,25 @@ def measure_sensitivity(
     return sorted(found, key=lambda trial: -trial.increase)
 
 
-def choose_kept(trials: Sequence[Trial], share: float, linears: int) -> frozenset[str]:
-    """The weights of the most harmful trials, at most `share` of all `linears`.
+def choose_kept(trials: Sequence[Trial], scheme: Scheme, linears: int) -> frozenset[str]:
+    """The weights of the most harmful trials, at most the scheme's share of all `linears`.
 
-    A trial that does not raise the loss is never kept.
+    A trial that does not raise the loss is never kept, nor one that would stay as it is.
     """
-    left, kept = int(share * linears), set[str]()
+    left, kept = int(scheme.keep * linears), set[str]()
     for trial in trials:
-        if trial.increase > 0 and len(trial.linears) <= left:
+        if trial.increase > 0 and len(trial.linears) <= left and _can_be_kept(trial, scheme):
             kept.update(trial.linears)
             left -= len(trial.linears)
     return frozenset(kept)
+
+
+def _can_be_kept(trial: Trial, scheme: Scheme) -> bool:
+    """Whether there is a higher precision: 16-bit inputs, or int8 weights for int4."""
+    if scheme.activation_bits is not None:
+        return True
+    formats = [scheme.format_of(name) for name in trial.linears]
+    return any(format is not None and format.bits == 4 for format in formats)
 
 
 def _input_scales(layer: DecoderLayer, walk: LayerWalk, scheme: Scheme) -> list[float]:

@@ -128,7 +128,7 @@ class CalibratedQuantizer:
         if self.scheme.keep > 0:
             trials = self._trials(basis(kept), store)
             linears = len(model.shape.linears()) * model.shape.num_layers
-            kept = choose_kept(trials, self.scheme.keep, linears)
+            kept = choose_kept(trials, self.scheme, linears)
             notes["kept at higher precision"] = {
                 "linears": f"{len(kept)} of {linears}",
                 **{name: "" for name in sorted(kept)},

@@ -75,7 +75,7 @@ class _Sums:
 
     def add(self, exact: Tensor, seen: Tensor) -> None:
         self._seen.add(seen)
-        for x, y in zip(exact.split(_CHUNK_TOKENS), seen.split(_CHUNK_TOKENS), strict=True):
+        for x, y in zip(_chunks(exact), _chunks(seen), strict=True):
             self.cross += x.T @ y
 
     @property
@@ -85,6 +85,10 @@ class _Sums:
     @property
     def hessian(self) -> Tensor:
         return self._seen.matrix * self.tokens if self.tokens else torch.zeros_like(self.cross)
+
+
+def _chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tokens, _CHUNK_TOKENS)
 
 
 def _step(hessian: Tensor, cross: Tensor, damp: float) -> Tensor:

@@ -201,7 +201,10 @@ def parse_scheme(text: str) -> Scheme:
     changes = [
         k for k in scheme.options if k in given and _OPTIONS[k](default, given[k]) != default
     ]
-    return replace(scheme, settings=tuple(f"{key}={given[key]}" for key in changes))
+    # Without a rotation in the weights there is none at run time either.
+    online = scheme.online and scheme.rotation != "none"
+    settings = tuple(f"{key}={given[key]}" for key in changes)
+    return replace(scheme, online=online, settings=settings)
 
 
 def _with_group(scheme: Scheme, value: str) -> Scheme:

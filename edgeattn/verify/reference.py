@@ -22,6 +22,7 @@ from edgeattn.models.model import TORCH_DTYPES, Model, load_layer, rounded
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
 from edgeattn.verify.drive import Tensors
+from edgeattn.verify.tolerance import Plain
 
 # What the reference computes in: one step above the bundle's dtype.
 REFERENCE_DTYPES = {"fp32": torch.float64, "fp16": torch.float32, "bf16": torch.float32}
@@ -35,11 +36,13 @@ class _Run:
 
     Attributes:
         dtype: of activations and weights.
+        form: spelling of attention.
         hidden: residual stream per case and step, `[B, T, hidden]`.
         found: what was recorded so far, named as in `drive`.
     """
 
     dtype: torch.dtype
+    form: OperatorForm
     hidden: list[list[Tensor]]
     found: Tensors
 
@@ -49,28 +52,31 @@ def run_reference(
     model: Model,
     lowering: Lowering,
     cases: Sequence[Case],
+    plain: Sequence[Plain],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Tensors, Tensors]:
+) -> tuple[Tensors, list[Tensors]]:
     """Runs `model` through `cases`.
 
     Args:
         model: transformed and quantised.
         lowering: dtype, spelling of attention, choice of logits.
         cases: inputs.
+        plain: further runs beside the reference.
         progress: called with (layers done, all layers).
 
     Returns:
-        The reference and the plain run in the bundle's dtype, both as `drive` names them. Weights
-        are rounded to the bundle's dtype in both.
+        The reference and the plain runs, all as `drive` names them. Weights are rounded to the
+        bundle's dtype in all of them.
     """
     walk = _Walk(model, lowering, cases)
-    runs = [walk.embed(dtype) for dtype in (REFERENCE_DTYPES[lowering.dtype], walk.weight_dtype)]
+    runs = [walk.embed(REFERENCE_DTYPES[lowering.dtype], walk.form)]
+    runs += [walk.embed(TORCH_DTYPES[run.dtype], run.form or walk.form) for run in plain]
     for layer in range(model.shape.num_layers):
         walk.layer(layer, runs)
         if progress:
             progress(layer + 1, model.shape.num_layers)
     walk.head(runs)
-    return runs[0].found, runs[1].found
+    return runs[0].found, [run.found for run in runs[1:]]
 
 
 class _Walk:
@@ -85,7 +91,7 @@ class _Walk:
         self.form: OperatorForm = "standard" if group_query else lowering.attention
         self.inv_freq = [inverse_frequencies(rope) for rope in model.shape.ropes]
 
-    def embed(self, dtype: torch.dtype) -> _Run:
+    def embed(self, dtype: torch.dtype, form: OperatorForm) -> _Run:
         table = self._weight(EMBEDDING)
         hidden = [
             [
@@ -94,15 +100,16 @@ class _Walk:
             ]
             for case in self.cases
         ]
-        run = _Run(dtype, hidden, {})
+        run = _Run(dtype, form, hidden, {})
         self._record_hidden(run, 0)
         return run
 
     def layer(self, index: int, runs: Sequence[_Run]) -> None:
         module = load_layer(self.model, index, weight_dtype=self.weight_dtype, form=self.form)
-        # From wide to narrow: the weights are numbers of the narrow dtype, so nothing is rounded.
+        # From wide to narrow: what is rounded for a later run the earlier ones have had.
         for run in runs:
             module.to(run.dtype)
+            module.self_attn.form = run.form
             for case, hidden in zip(self.cases, run.hidden, strict=True):
                 self._run_case(module, index, case, hidden, run)
             self._record_hidden(run, index + 1)

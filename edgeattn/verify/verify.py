@@ -17,7 +17,7 @@ from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreeme
 from edgeattn.verify.drive import drive
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.ort_backend import OrtBackend
-from edgeattn.verify.tolerance import relative_error
+from edgeattn.verify.tolerance import plain_dtypes, plain_runs, relative_error
 
 if TYPE_CHECKING:
     from edgeattn.models.model import Model
@@ -95,17 +95,22 @@ def record_golden(
 
     cases = build_cases(model.shape.vocab_size, model.shape.max_context, tokens)
     stage = _staged(progress, "torch, layer by layer")
-    expected, plain = run_reference(model, lowering, cases, stage)
-    errors = {name: relative_error(plain[name], value) for name, value in expected.items()}
-    for name, error in errors.items():
-        if not math.isfinite(error):
-            raise ProofError(
-                expected=f"a model whose activations fit {lowering.dtype}",
-                came=f"plain torch overflows in {lowering.dtype} at {name}",
-                todo="export in a wider --dtype",
-            )
-    errors[KL] = distribution_agreement(plain, expected)[1]
-    return Golden(cases, expected, errors)
+    overflow = ""
+    for dtype in plain_dtypes(lowering):
+        expected, runs = run_reference(model, lowering, cases, plain_runs(lowering, dtype), stage)
+        errors = {
+            name: max(relative_error(run[name], value) for run in runs)
+            for name, value in expected.items()
+        }
+        overflow = next((n for n, error in errors.items() if not math.isfinite(error)), "")
+        if not overflow:
+            errors[KL] = max(distribution_agreement(run, expected)[1] for run in runs)
+            return Golden(cases, expected, errors)
+    raise ProofError(
+        expected=f"a model whose activations fit {dtype}",
+        came=f"plain torch overflows in {dtype} at {overflow}",
+        todo="export in a wider --dtype",
+    )
 
 
 def prove(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from wrapped_weights import changed
 
 from edgeattn.calibration import sensitivity as module
 from edgeattn.calibration.sensitivity import Trial, choose_kept, measure_sensitivity
@@ -23,10 +24,10 @@ from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.families import FINAL_NORM
 from edgeattn.models.linear import Linear
-from edgeattn.models.model import Model, ModelWeights, load_decoder, model_of
+from edgeattn.models.model import Model, load_decoder, model_of
 from edgeattn.quant.activation import LinearInput
-from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
-from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
+from edgeattn.quant.affine import quantize_symmetric
+from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
 
 PLANTED = "layers.1.mlp.down_proj.weight"
@@ -63,26 +64,6 @@ def logits(decoder: Decoder, ids: Tensor) -> Tensor:
     positions = torch.arange(length).expand(rows, -1)
     found: Tensor = decoder(ids, torch.ones_like(ids), positions, decoder.empty_cache(rows)).logits
     return found
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """Weights with some of them replaced as they are read."""
-
-    source: ModelWeights
-    change: Callable[[str, Tensor], Tensor]
-
-    def format(self, name: str) -> WeightFormat | None:
-        return None
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        value = self.source.read(name)
-        assert isinstance(value, Tensor)
-        return self.change(name, value)
-
-
-def changed(model: Model, change: Callable[[str, Tensor], Tensor]) -> Model:
-    return replace(model, weights=_Changed(model.weights, change))
 
 
 def with_outliers(model: Model, *, of: str, size: float = 300) -> Model:
@@ -190,7 +171,7 @@ def test_the_planted_layer_is_the_first(llama: Model, windows: Tensor, quant: st
     first, second, *_ = measure_sensitivity(planted, scheme, windows)
     assert first.linears == (PLANTED,)
     assert first.increase > 2 * second.increase
-    assert choose_kept([first, second], scheme.keep, 21) >= {PLANTED}
+    assert choose_kept([first, second], scheme, 21) >= {PLANTED}
     without = measure_sensitivity(llama, scheme, windows)
     here = next(trial for trial in without if trial.linears == (PLANTED,))
     assert first.increase > 3 * abs(here.increase)
@@ -259,7 +240,7 @@ ABCDE = [
     ],
 )
 def test_the_most_harmful_that_fit_into_the_share_are_kept(share: float, kept: str) -> None:
-    assert choose_kept(ABCDE, share, 10) == frozenset(kept)
+    assert choose_kept(ABCDE, sharing(share), 10) == frozenset(kept)
 
 
 trials = st.lists(
@@ -272,12 +253,26 @@ trials = st.lists(
 )
 
 
+def sharing(share: float) -> Scheme:
+    return replace(parse_scheme("w4a16-gptq"), keep=share)
+
+
+def test_what_is_int8_already_does_not_use_up_the_share() -> None:
+    names = [
+        f"layers.{i}.{part}.weight" for i in (0, 1) for part in ("mlp.down_proj", "mlp.up_proj")
+    ]
+    trials = [Trial((name,), 1.0 - 0.1 * i) for i, name in enumerate(names)]
+    weights = parse_scheme("w4a16-gptq:down_proj=w8,keep=20%")
+    assert choose_kept(trials, weights, 10) == {names[1], names[3]}
+    assert choose_kept(trials, parse_scheme("w8a8:keep=20%"), 10) == set(names[:2])
+
+
 @given(trials, st.floats(0, 1), st.integers(0, 50))
 def test_the_share_is_never_exceeded_nor_spent_on_the_harmless(
     trials: list[Trial], share: float, linears: int
 ) -> None:
     trials.sort(key=lambda trial: -trial.increase)
-    kept = choose_kept(trials, share, linears)
+    kept = choose_kept(trials, sharing(share), linears)
     assert len(kept) <= share * linears
     harmful = {name for trial in trials if trial.increase > 0 for name in trial.linears}
     assert kept <= harmful

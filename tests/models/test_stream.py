@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor
+from wrapped_weights import CountedWeights
 
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.families import parameter_names
-from edgeattn.models.model import Model, ModelWeights, load_decoder, load_layer, model_of
+from edgeattn.models.model import Model, load_decoder, load_layer, model_of
 from edgeattn.models.stream import (
     BATCH,
     Head,
@@ -27,8 +28,7 @@ from edgeattn.models.stream import (
     run_layer,
     window_inputs,
 )
-from edgeattn.quant.affine import QuantizedTensor
-from edgeattn.quant.scheme import WeightFormat, parse_scheme
+from edgeattn.quant.scheme import parse_scheme
 from edgeattn.transforms.quantize import quantize
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
 
@@ -157,25 +157,12 @@ def test_progress_counts_layers(llama: Model, windows: Tensor) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-@dataclass(frozen=True)
-class _Counted:
-    source: ModelWeights
-    seen: list[str] = field(default_factory=list)
-
-    def format(self, name: str) -> WeightFormat | None:
-        return self.source.format(name)
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        self.seen.append(name)
-        return self.source.read(name)
-
-
 def test_every_weight_is_read_once_and_layer_by_layer(
     random_checkpoint: Callable[..., Path], windows: Tensor
 ) -> None:
     path = random_checkpoint(tie_word_embeddings=False)
     model = model_of(open_checkpoint(path))
-    counted = _Counted(model.weights)
+    counted = CountedWeights(model.weights)
     watched = replace(model, weights=counted)
     hidden = final_hidden(watched, windows)
     Head(watched).logits(hidden)

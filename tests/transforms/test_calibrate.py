@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor, nn
+from wrapped_weights import CountedWeights, with_outlier_channels
 
 from edgeattn.calibration.store import LayerStore
 from edgeattn.calibration.walk import STAGES
@@ -163,7 +164,7 @@ def test_each_layer_sees_what_the_quantised_ones_before_it_give(
     assert list(expected) == linears(llama)
     for name, (weight, _) in expected.items():
         here = read(found, name)
-        assert changed(here, weight) < 1e-3, name
+        assert differing(here, weight) < 1e-3, name
         torch.testing.assert_close(here.scale, weight.scale, rtol=1e-3, atol=0)
 
 
@@ -180,13 +181,38 @@ def test_refitted_weights_aim_at_the_original_network(llama: Model, tmp_path: Pa
         expected = step_by_step(llama, scheme, windows)
         weights.append({name: read(found, name) for name in linears(llama)})
         for name in compared:
-            assert changed(weights[-1][name], expected[name][0]) < 0.01, name
+            assert differing(weights[-1][name], expected[name][0]) < 0.01, name
     refitted, plain = weights
     for name in compared[1 + len(QKV) :]:
-        assert changed(refitted[name], plain[name]) > 0.1, name
+        assert differing(refitted[name], plain[name]) > 0.1, name
 
 
-def changed(one: QuantizedTensor, other: QuantizedTensor) -> float:
+@pytest.mark.parametrize(
+    ("plain", "rotating", "of"),
+    [
+        ("w4a16-gptq:group=32", "w4a16-spinquant:group=32", "weights"),
+        ("w4a16-gptq:group=32,refit=off", "w4a16-spinquant:group=32,refit=off", "weights"),
+        ("w8a8:keep=0", "w8a8-spinquant:keep=0", "inputs"),
+    ],
+)
+def test_rotation_wins_clearly_where_channels_stand_out(
+    llama: Model,
+    quantized: Callable[..., Model],
+    windows: Tensor,
+    plain: str,
+    rotating: str,
+    of: str,
+) -> None:
+    model = with_outlier_channels(llama, of=of)
+    expected = run(whole(model), windows)
+    errors = [
+        relative(run(whole(quantized(model, quant, folder=quant)), windows), expected)
+        for quant in (rotating, plain)
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def differing(one: QuantizedTensor, other: QuantizedTensor) -> float:
     return float((one.qdata != other.qdata).float().mean())
 
 
@@ -304,23 +330,10 @@ def same(one: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> bool
     return torch.equal(one.qdata, other.qdata) and torch.equal(one.scale, other.scale)
 
 
-@dataclass(frozen=True)
-class _Counted:
-    source: ModelWeights
-    seen: list[str] = field(default_factory=list)
-
-    def format(self, name: str) -> WeightFormat | None:
-        return self.source.format(name)
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        self.seen.append(name)
-        return self.source.read(name)
-
-
 def test_each_weight_is_read_once_and_one_layer_is_held(
     llama: Model, quantized: Callable[..., Model]
 ) -> None:
-    counted = _Counted(llama.weights)
+    counted = CountedWeights(llama.weights)
     quantized(replace(llama, weights=counted), "w8a8:refit=off")
     layers = [name for name in parameter_names(llama.shape) if name.startswith("layers.")]
     assert counted.seen == [EMBEDDING, *layers]

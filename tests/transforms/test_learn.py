@@ -14,19 +14,20 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from rotated_loss import loss_of
 from torch import Tensor
+from wrapped_weights import with_outlier_channels
 
 from edgeattn.calibration.windows import read_text, token_windows
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
-from edgeattn.models.families import FINAL_NORM
-from edgeattn.models.model import Model, ModelWeights, model_of
+from edgeattn.models.model import Model, model_of
 from edgeattn.models.stream import Head, final_hidden
-from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
+from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.shape import ModelShape
 from edgeattn.transforms import learn
 from edgeattn.transforms.learn import LearnReport, learn_rotations
-from edgeattn.transforms.rotatable import Objective, RotatableModel
+from edgeattn.transforms.rotatable import RotatableModel
 from edgeattn.transforms.rotate import Rotations, hadamard_rotations, rotate
 
 INT4 = parse_scheme("w4a16-spinquant-learned:group=32")
@@ -105,19 +106,6 @@ def same(one: Rotations, other: Rotations) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def loss_of(
-    model: Model,
-    scheme: Scheme | None,
-    rotations: Rotations,
-    windows: Tensor,
-    objective: Objective = "kl",
-) -> float:
-    network = RotatableModel(model, scheme, down=rotations.down)
-    assert rotations.residual is not None
-    with torch.no_grad():
-        return float(network.loss(rotations.residual, rotations.heads, windows, objective))
-
-
 @pytest.fixture(scope="module")
 def learned(
     stories: Model, novel: Tensor, tmp_path_factory: pytest.TempPathFactory
@@ -163,27 +151,9 @@ def test_learned_rotations_merge_without_a_trace(
     torch.testing.assert_close(found, original, atol=1e-4, rtol=0)
 
 
-@dataclass(frozen=True)
-class _Planted:
-    """Weights with a few channels of the residual stream much larger than the others."""
-
-    source: ModelWeights
-
-    def format(self, name: str) -> WeightFormat | None:
-        return None
-
-    def read(self, name: str) -> Tensor:
-        value = self.source.read(name)
-        assert isinstance(value, Tensor)
-        if name.endswith("layernorm.weight") and name != FINAL_NORM:
-            value = value.clone()
-            value[[3, 20, 41]] *= 12
-        return value
-
-
 @pytest.fixture
 def planted(llama: Model) -> Model:
-    return replace(llama, weights=_Planted(llama.weights))
+    return with_outlier_channels(llama)
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT8], ids=["int4 weights", "int8 inputs"])

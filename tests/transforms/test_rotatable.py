@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from rotated_loss import loss_of
 from torch import Tensor
 
 from edgeattn.models.checkpoint import open_checkpoint
@@ -19,10 +20,9 @@ from edgeattn.models.families import LM_HEAD, parameter_names
 from edgeattn.models.model import Model, model_of
 from edgeattn.models.stream import Head, final_hidden
 from edgeattn.quant.affine import quantize_symmetric
-from edgeattn.quant.scheme import Scheme, WeightFormat, parse_scheme
+from edgeattn.quant.scheme import WeightFormat, parse_scheme
 from edgeattn.shape import ModelShape
 from edgeattn.transforms.rotatable import (
-    Objective,
     RotatableModel,
     fake_quantize,
     merge_bias,
@@ -76,19 +76,6 @@ def random_rotations(shape: ModelShape, *, online: bool = False) -> Rotations:
     heads = tuple(orthogonal(shape.head_dim) for _ in range(shape.num_layers))
     down = hadamard_rotations(shape, online=online).down
     return Rotations(orthogonal(shape.hidden_size), heads, down)
-
-
-def loss_of(
-    model: Model,
-    scheme: Scheme | None,
-    rotations: Rotations,
-    windows: Tensor,
-    objective: Objective = "kl",
-) -> float:
-    network = RotatableModel(model, scheme, down=rotations.down)
-    assert rotations.residual is not None
-    with torch.no_grad():
-        return float(network.loss(rotations.residual, rotations.heads, windows, objective))
 
 
 def test_weights_are_merged_as_rotate_does(model: Model) -> None:

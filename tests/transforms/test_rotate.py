@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor
+from wrapped_weights import changed
 
 from edgeattn.devices.registry import parse_target
 from edgeattn.errors import CheckpointError, LoweringError, ProofError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_names
-from edgeattn.models.model import Model, ModelWeights, load_decoder, model_of
+from edgeattn.models.model import Model, load_decoder, model_of
 from edgeattn.models.stream import Head, final_hidden
 from edgeattn.planner.lowering import fit_lowering, plan_lowering
-from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.hadamard import HadamardFactors
-from edgeattn.quant.scheme import WeightFormat
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 from edgeattn.transforms.rotate import (
@@ -303,26 +302,6 @@ def test_a_weight_that_is_not_finite_is_still_refused(llama: Model) -> None:
     rotated = rotate(broken, hadamard_rotations(llama.shape, online=False))
     with pytest.raises(CheckpointError):
         load_decoder(rotated, weight_dtype=torch.float32, compute_dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """Weights with some of them replaced as they are read."""
-
-    source: ModelWeights
-    change: Callable[[str, Tensor], Tensor]
-
-    def format(self, name: str) -> WeightFormat | None:
-        return None
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        value = self.source.read(name)
-        assert isinstance(value, Tensor)
-        return self.change(name, value)
-
-
-def changed(model: Model, change: Callable[[str, Tensor], Tensor]) -> Model:
-    return replace(model, weights=_Changed(model.weights, change))
 
 
 def mixed(model: Model, other: Model, *endings: str) -> Model:

@@ -20,7 +20,7 @@ from edgeattn.transforms.quantize import quantize
 from edgeattn.verify.cases import Case, build_cases
 from edgeattn.verify.drive import Tensors, drive
 from edgeattn.verify.reference import run_reference
-from edgeattn.verify.tolerance import relative_error
+from edgeattn.verify.tolerance import Plain, relative_error
 
 FORMS: dict[str, OperatorForm] = {"cpu": "standard", "jetson-orin@jetpack6.2": "primitive"}
 
@@ -58,7 +58,7 @@ def both(
     lowering = plan_lowering(recipe, parse_target(target))
     model = quantize(model_of(open_checkpoint(path)), lowering.scheme, scale_dtype=torch.float32)
     cases = build_cases(model.shape.vocab_size, model.shape.max_context)
-    _, plain = run_reference(model, lowering, cases)
+    _, [plain] = run_reference(model, lowering, cases, [Plain(lowering.dtype)])
     decoder = load_decoder(
         model,
         weight_dtype=torch.float32,
@@ -105,7 +105,7 @@ def test_the_reference_is_more_exact_than_the_plain_run(tiny_checkpoint: Path) -
     lowering = plan_lowering(Recipe("cpu"), parse_target("cpu"))
     model = model_of(open_checkpoint(tiny_checkpoint))
     cases = build_cases(model.shape.vocab_size, model.shape.max_context)
-    reference, plain = run_reference(model, lowering, cases)
+    reference, [plain] = run_reference(model, lowering, cases, [Plain(lowering.dtype)])
     errors = [relative_error(plain[name], value) for name, value in reference.items()]
     assert 0 < max(errors) < 1e-5
     assert all(np.isfinite(value).all() for value in reference.values())
