@@ -132,7 +132,7 @@ def plan_export(
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_texts(recipe)
-    return _plan(lowering, read_outline(model, offline=offline), target, output, verify)
+    return _plan(recipe, lowering, read_outline(model, offline=offline), target, output, verify)
 
 
 def export(
@@ -167,7 +167,7 @@ def export(
     with rare_collections(), open_writer(output, force=force) as writer:
         checkpoint, fitted = open_checked(
             model,
-            lambda outline: _fitting(_plan(lowering, outline, target, output, verify), output),
+            lambda found: _fitting(_plan(recipe, lowering, found, target, output, verify), output),
             clock,
             offline=offline,
         )
@@ -175,7 +175,12 @@ def export(
 
 
 def _plan(
-    lowering: Lowering, outline: Outline, target: Target, output: Path, verify: bool
+    recipe: Recipe,
+    lowering: Lowering,
+    outline: Outline,
+    target: Target,
+    output: Path,
+    verify: bool,
 ) -> ExportPlan:
     from edgeattn.engine.tensorrt_rtx import is_available
 
@@ -186,6 +191,7 @@ def _plan(
         text_bytes=outline.text_bytes,
         verify=verify,
         tensorrt=is_available(),
+        calibration_windows=recipe.calibration_windows,
     )
     place = Path(os.path.abspath(output))
     while not place.exists():

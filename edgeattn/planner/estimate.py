@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgeattn.planner.calibration import calibration_bytes, calibration_seconds
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import (
     DTYPE_BYTES,
@@ -100,6 +101,7 @@ def estimate(
     text_bytes: int = 0,
     verify: bool = True,
     tensorrt: bool = False,
+    calibration_windows: int = 0,
 ) -> Estimate:
     """What exporting a model of `shape` takes.
 
@@ -109,8 +111,17 @@ def estimate(
         text_bytes: of the tokenizer's files, which are copied.
         verify: whether the bundle is proven.
         tensorrt: whether TensorRT-RTX is there to build it.
+        calibration_windows: of the text, for a scheme that needs one.
     """
     tensorrt = tensorrt and verify and lowering.rtx_sm is not None
+    scheme = lowering.scheme
+    seconds = _seconds(shape, lowering, verify=verify, tensorrt=tensorrt)
+    memory = _memory(shape, lowering, verify=verify, tensorrt=tensorrt)
+    if scheme.needs_calibration:
+        seconds.update(calibration_seconds(shape, scheme, calibration_windows))
+        table = 13 * shape.vocab_size * shape.hidden_size
+        streams = calibration_bytes(shape, scheme, calibration_windows)
+        memory = max(memory, _BASE_MEMORY + table + streams)
     context = lowering.context or shape.max_context
     per_token = cache_bytes_per_token(shape, lowering)
     weights = weight_file_bytes(shape, lowering)
@@ -123,12 +134,12 @@ def estimate(
         weight_bytes=weights,
         graph_bytes=graph,
         disk_bytes=disk,
-        memory_bytes=_memory(shape, lowering, verify=verify, tensorrt=tensorrt),
+        memory_bytes=memory,
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * context * lowering.batch,
         context=context,
         batch=lowering.batch,
-        seconds=_seconds(shape, lowering, verify=verify, tensorrt=tensorrt),
+        seconds=seconds,
     )
 
 
