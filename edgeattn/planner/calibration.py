@@ -10,7 +10,7 @@ WINDOW_TOKENS = 512
 # Weights of the blocks times tokens in a second: statistics of a layer's inputs, those of the
 # original network beside them, one pass through the blocks, and a step of learning.
 _OBSERVED_PER_S, _REFIT_PER_S = 32e9, 40e9
-_FORWARD_PER_S, _LEARNED_PER_S = 50e9, 7.3e9
+_FORWARD_PER_S, _LEARNED_PER_S = 18e9, 7.3e9
 _GPTQ_PER_S = 3.3e6  # weights
 _LEARNED_TOKENS = 1024  # in a step
 
