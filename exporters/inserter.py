@@ -21,13 +21,13 @@ class Inserter:
 
     def __init__(self, model: ir.Model, dtype: ir.DataType) -> None:
         self._model, self._graph, self._dtype = model, model.graph, dtype
-        self._made: dict[tuple[str, object], ir.Value] = {}
+        self._made: dict[tuple[str, str, object], ir.Value] = {}
         self._constants: dict[str, ir.Value] = {}
         self._names: set[str] = set()
 
     def rotate(self, before: ir.Node, value: ir.Value, factors: HadamardFactors) -> ir.Value:
         """`value`, its last axis rotated by a node of edgeattn::HadamardTransform."""
-        key = (value.name or "", id(factors))
+        key = ("rotate", value.name or "", id(factors))
         if key not in self._made:
             operands = [
                 self._constant(f"hadamard_{side}_{len(matrix)}", matrix.numpy())
@@ -42,7 +42,7 @@ class Inserter:
 
     def to_int8(self, before: ir.Node, value: ir.Value, scale: float) -> ir.Value:
         """`value` / scale, rounded."""
-        key = (value.name or "", scale)
+        key = ("to", value.name or "", scale)
         if key not in self._made:
             name = f"{value.name}_int8"
             operands = [value, *self._scale(name, scale)]
@@ -53,7 +53,7 @@ class Inserter:
 
     def from_int8(self, before: ir.Node, value: ir.Value, scale: float) -> ir.Value:
         """`value` * scale in the dtype of activations."""
-        key = (value.name or "", scale)
+        key = ("from", value.name or "", scale)
         if key not in self._made:
             operands = [value, *self._scale(value.name or "", scale)]
             node = ir.node("DequantizeLinear", operands, name=f"{value.name}:DequantizeLinear")

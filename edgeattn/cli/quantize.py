@@ -73,10 +73,10 @@ def _show(report: QuantizeReport) -> None:
     size = sum(report.weight_files.values()) / 1e6
     what = f"{report.scheme.label} dequantised to {report.dtype}"
     click.echo(f"{report.path}: {size:.1f} MB of weights, {what} ({seconds})")
-    if report.rounds_activations:
+    if report.not_rounded:
         click.echo(
-            "activations are not rounded in this copy, which a checkpoint cannot say; "
-            "their scales are in edgeattn.json"
+            f"{' and '.join(report.not_rounded)} are not rounded in this copy, which a checkpoint "
+            "cannot say; their scales are in edgeattn.json"
         )
     if warning := report.transforms.get("warning"):
         click.echo(f"warning: {warning}")

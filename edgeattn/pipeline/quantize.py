@@ -50,7 +50,8 @@ class QuantizeReport:
         transforms: what each transform reports, JSON-ready.
         activation_scales: of int8 inputs, by the weight they are multiplied with; a checkpoint
             cannot carry them, so they are not applied in it.
-        cache_scales: of keys and of values in an int8 cache, by layer; not applied either.
+        cache_scales: of keys (rotated, where the scheme rotates) and of values in an int8 cache, by
+            layer; not applied either.
         seconds: wall time by stage.
     """
 
@@ -64,9 +65,10 @@ class QuantizeReport:
     seconds: Mapping[str, float]
 
     @property
-    def rounds_activations(self) -> bool:
-        """Whether the scheme also rounds at run time, which the written checkpoint does not."""
-        return self.scheme.rounds_at_run_time
+    def not_rounded(self) -> tuple[str, ...]:
+        """What the scheme rounds at run time, which a checkpoint cannot say."""
+        rounded = {"activations": self.activation_scales, "keys and values": self.cache_scales}
+        return tuple(part for part, scales in rounded.items() if scales)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -82,7 +84,8 @@ class QuantizeReport:
         return {
             "scheme": self.scheme.to_dict(),
             "dtype": self.dtype,
-            "activations": "not rounded in this copy" if self.rounds_activations else "as they are",
+            "activations": "as they are",
+            **dict.fromkeys(self.not_rounded, "not rounded in this copy"),
             "activation_scales": dict(self.activation_scales),
             "cache_scales": dict(self.cache_scales),
             "transforms": dict(self.transforms),
@@ -134,7 +137,7 @@ def quantize_checkpoint(
 def _lowering(recipe: Recipe) -> Lowering:
     """Scheme and dtype; with projections apart, as they are stored."""
     scheme = recipe.scheme
-    if scheme.online and scheme.rotation != "none":
+    if scheme.online:
         settings = [item for item in scheme.settings if not item.startswith("online=")]
         raise LoweringError(
             expected="a scheme whose rotations lie in the weights, all that a checkpoint carries",

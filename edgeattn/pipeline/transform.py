@@ -138,7 +138,8 @@ def _on_text(
     windows, about = calibration_windows(checkpoint, recipe)
     made_from = {
         "checkpoint": checkpoint.identity["fingerprint"],
-        "scheme": lowering.scheme.label,
+        # In full: defaults may be others in another release.
+        "scheme": lowering.scheme.to_dict(),
         "dtype": lowering.dtype,
         "rotations": _sha256(recipe.rotations),
         **about,

@@ -13,6 +13,7 @@ _OBSERVED_PER_S, _REFIT_PER_S = 32e9, 40e9
 _FORWARD_PER_S, _LEARNED_PER_S = 18e9, 7.3e9
 _GPTQ_PER_S = 3.3e6  # weights
 _LEARNED_TOKENS = 1024  # in a step
+_MATRICES = 7  # K x K in fp64 at once
 
 
 def calibration_seconds(shape: ModelShape, scheme: Scheme, windows: int) -> dict[str, float]:
@@ -41,9 +42,12 @@ def calibration_seconds(shape: ModelShape, scheme: Scheme, windows: int) -> dict
 
 
 def calibration_bytes(shape: ModelShape, scheme: Scheme, windows: int) -> int:
-    """Memory of the calibration windows on their way through a layer, fp32."""
+    """Memory of the windows on their way through a layer, and of K x K statistics there."""
     if not scheme.needs_calibration:
         return 0
+    widest = max(inputs for _, inputs in shape.linears().values())
+    measured = scheme.method == "gptq" or scheme.refit
+    statistics = _MATRICES * 8 * widest**2 if measured else 0
     width = shape.hidden_size + shape.q_size + shape.intermediate_size
     tokens = windows * min(WINDOW_TOKENS, shape.max_context)
-    return 4 * tokens * width * (2 if scheme.refit else 1)
+    return 4 * tokens * width * (2 if scheme.refit else 1) + statistics

@@ -75,7 +75,7 @@ class Hessian:
             bad = int(product.diagonal().isfinite().logical_not().sum())
             if bad:
                 raise RuntimeInputError(
-                    expected="finite inputs of a linear layer, to calibrate GPTQ",
+                    expected="finite inputs of a linear layer, to calibrate",
                     came=f"{bad} of {chunk.shape[1]} channels hold NaN, infinity or numbers whose "
                     "squares overflow",
                     todo="check that the model gives finite results in fp32 on the calibration "
@@ -93,7 +93,7 @@ class Hessian:
         """
         if not self.tokens:
             raise RuntimeInputError(
-                expected="inputs of a linear layer, to calibrate GPTQ",
+                expected="inputs of a linear layer, to calibrate",
                 came="none were added",
                 todo="run the model on a calibration text first",
             )
@@ -171,7 +171,9 @@ class _Columns:
         self._order = torch.arange(len(diagonal))
         if act_order:
             self._order = torch.argsort(diagonal, descending=True, stable=True)
-        factor = _cholesky(hessian.double()[self._order][:, self._order], damp)
+        ordered = hessian.double()[self._order][:, self._order]
+        # A lower factor of the matrix mirrored at both axes is, mirrored back, an upper one of it.
+        factor = damped_cholesky(ordered.flip(0, 1), damp).flip(0, 1)
         loss = factor.diagonal().square()
         self.importance = torch.empty(len(loss))
         self.importance[self._order] = (loss / loss.mean()).float()
@@ -237,23 +239,30 @@ def _round_columns(
     return integers.to(torch.int8), errors
 
 
-def _cholesky(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular M, fp64, with M M^T the damped Hessian, and 1 for inputs that are zero."""
+def damped_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Lower triangular L, fp64, with L L^T the damped Hessian, and 1 for inputs that are zero.
+
+    Args:
+        hessian: `[K, K]` fp64.
+        damp: share of the diagonal's mean that is added to it, raised tenfold where that is needed.
+
+    Raises:
+        RuntimeInputError: the Hessian is far from positive semidefinite.
+    """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.sum() / dead.logical_not().sum().clamp_min(1)
-    # A lower factor of the matrix mirrored at both axes is, mirrored back, an upper one of it.
-    mirrored = hessian.flip(0, 1)
     for attempt in range(_ATTEMPTS):
-        added = torch.where(dead, 1.0, damp * mean).flip(0)
-        lower, failed = torch.linalg.cholesky_ex(mirrored + added.diag())
+        damped = hessian.clone()
+        damped.diagonal().add_(torch.where(dead, 1.0, damp * mean))
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper: Tensor = lower.flip(0, 1)
-            return upper
+            return lower
         if attempt < _ATTEMPTS - 1:
             damp = max(10 * damp, 0.01)
     raise RuntimeInputError(
-        expected="a Hessian without negative eigenvalues for GPTQ",
+        expected="a Hessian without negative eigenvalues",
         came=f"it is not positive definite even with {damp:g} of its mean diagonal added",
         todo="calibrate again with more tokens",
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from edgeattn.errors import RuntimeInputError
 from edgeattn.quant.activation import INT8_HIGH
 
 Clip = Literal["max", "mse"]
@@ -29,8 +31,18 @@ class Observer:
         self._largest = 0.0
 
     def add(self, x: Tensor) -> None:
-        """Counts finite numbers of any shape."""
+        """Counts numbers of any shape.
+
+        Raises:
+            RuntimeInputError: NaN or infinity among them.
+        """
         largest = float(x.abs().amax()) if x.numel() else 0.0
+        if not math.isfinite(largest):
+            raise RuntimeInputError(
+                expected="finite inputs of a linear layer, to calibrate",
+                came="some are NaN or infinite",
+                todo="check that the model gives finite results in fp32 on the calibration text",
+            )
         if largest == 0:
             self._counts[0] += x.numel()
             return
@@ -58,7 +70,10 @@ class Observer:
         """
         whole = max(self._largest / INT8_HIGH, _LEAST_SCALE)
         share = 1.0 if clip == "max" else self._best_share(whole)
-        return float(torch.tensor(max(share * whole, _LEAST_SCALE)).to(dtype))
+        # Positive and finite in the graph, too.
+        limits = torch.finfo(dtype)
+        scale = min(max(share * whole, _LEAST_SCALE, limits.tiny), limits.max)
+        return float(torch.tensor(scale).to(dtype))
 
     def _best_share(self, whole: float) -> float:
         seen = self._counts.nonzero().squeeze(1)

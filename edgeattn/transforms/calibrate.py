@@ -2,8 +2,8 @@
 
 Each layer sees what the quantised layers before it give; a scheme that refits also runs the
 original network beside it, whose outputs every layer then aims at. A finished layer is written to
-a folder at once, so that work that was stopped goes on where it was, and memory stays about one
-layer plus the residual streams of the calibration windows.
+a folder at once, so that work that was stopped goes on where it was. Memory is a layer or two, the
+residual streams of the calibration windows, and some K x K matrices of the widest layer input.
 """
 
 from __future__ import annotations

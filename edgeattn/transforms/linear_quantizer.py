@@ -11,7 +11,7 @@ from edgeattn.calibration.store import StoredLinear
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
 from edgeattn.quant.gptq import Hessian, gptq
 from edgeattn.quant.observer import Observer
-from edgeattn.quant.refit import Drift
+from edgeattn.quant.refit import Drift, Refit
 from edgeattn.quant.scheme import INT8_PER_CHANNEL, Scheme
 
 
@@ -55,8 +55,8 @@ class LinearQuantizer:
         """
         format = INT8_PER_CHANNEL if keep else self._scheme.format_of(name)
         assert format is not None
-        if self._correction is not None:
-            weight = (weight.double() @ self._correction).float()
+        if self._refit is not None:
+            weight = self._refit(weight)
         if self._scheme.method == "rtn" or format.bits == 8:
             quantized = quantize_symmetric(
                 weight, format, clip=self._scheme.clip, scale_dtype=self._scale_dtype
@@ -78,13 +78,16 @@ class LinearQuantizer:
         )
 
     @functools.cached_property
-    def _correction(self) -> Tensor | None:
-        return None if self._drift is None else self._drift.correction()
+    def _refit(self) -> Refit | None:
+        if self._drift is None:
+            return None
+        drift, self._drift = self._drift, None
+        return drift.finish()
 
     @functools.cached_property
     def _hessian_matrix(self) -> Tensor:
-        if self._drift is not None:
-            return self._drift.hessian
+        if self._refit is not None:
+            return self._refit.hessian
         assert self._hessian is not None
         return self._hessian.matrix
 

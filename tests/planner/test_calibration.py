@@ -62,7 +62,7 @@ def test_more_text_and_more_weights_take_longer(shape: ModelShape) -> None:
 
     assert total(shape, 64) > total(shape, 32)
     assert total(replace(shape, num_layers=60), 32) > 1.9 * total(shape, 32)
-    assert calibration_bytes(shape, scheme, 64) == 2 * calibration_bytes(shape, scheme, 32)
+    assert calibration_bytes(shape, scheme, 64) > 1.5 * calibration_bytes(shape, scheme, 32)
     assert calibration_bytes(shape, replace(scheme, refit=False), 64) < calibration_bytes(
         shape, scheme, 64
     )

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edgeattn.errors import RuntimeInputError
 from edgeattn.quant.observer import Clip, Observer
 
 COUNT = 20_000
@@ -197,7 +198,7 @@ def test_small_numbers_count_after_the_range_has_grown() -> None:
 )
 def test_a_scale_is_never_zero(parts: list[Tensor], clip: Clip, dtype: torch.dtype) -> None:
     scale = scale_of(parts, clip, dtype)
-    assert scale == pytest.approx(1e-6, rel=0.02)
+    assert scale == pytest.approx(max(1e-6, torch.finfo(dtype).tiny), rel=0.02)
     assert torch.tensor(scale, dtype=dtype) > 0
 
 
@@ -239,3 +240,22 @@ def test_what_is_seen_is_left_alone() -> None:
     before = x.clone()
     observed([x]).scale("mse")
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("later", [False, True])
+def test_numbers_that_are_not_finite_are_refused_in_a_sentence(bad: float, later: bool) -> None:
+    observer = Observer()
+    if later:
+        observer.add(torch.ones(5))
+    with pytest.raises(RuntimeInputError, match="NaN or infinite"):
+        observer.add(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-12, 1e9])
+def test_a_scale_is_positive_and_finite_where_fp16_would_not_hold_it(magnitude: float) -> None:
+    observer = Observer()
+    observer.add(torch.full((9,), magnitude))
+    for clip in ("max", "mse"):
+        scale = observer.scale(clip, torch.float16)  # type: ignore[arg-type]
+        assert torch.finfo(torch.float16).tiny <= scale <= torch.finfo(torch.float16).max

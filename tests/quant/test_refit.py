@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edgeattn.errors import RuntimeInputError
 from edgeattn.quant.gptq import Hessian
 from edgeattn.quant.refit import Drift
 
@@ -37,7 +38,9 @@ def other_inputs(seed: int, noise: float, tokens: int, linear: float = 1) -> tup
 
 
 def correction(exact: Tensor, seen: Tensor, damp: float = 1e-12, parts: int = 1) -> Tensor:
-    return drift_of(exact, seen, parts).correction(damp=damp)
+    """What becomes of the identity: the matrix that weights are multiplied with."""
+    refit = drift_of(exact, seen, parts).finish(damp=damp)
+    return refit(torch.eye(seen.shape[-1])).double()
 
 
 def drift_of(exact: Tensor, seen: Tensor, parts: int = 1) -> Drift:
@@ -92,7 +95,7 @@ def test_the_hessian_is_that_of_what_the_layer_gets() -> None:
     hessian = Hessian(WIDTH)
     hessian.add(seen)
     for parts in (1, 5):
-        found = drift_of(exact, seen, parts).hessian
+        found = drift_of(exact, seen, parts).finish().hessian
         torch.testing.assert_close(found, hessian.matrix, rtol=1e-6, atol=1e-6)
 
 
@@ -135,3 +138,28 @@ def test_parts_and_shapes_do_not_matter() -> None:
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-3)
     windows = correction(exact.view(10, -1, WIDTH), seen.view(10, -1, WIDTH))
     torch.testing.assert_close(windows, whole, rtol=0, atol=1e-6)
+
+
+def test_a_loud_input_that_hardly_counts_does_not_vouch_for_the_others() -> None:
+    """Of few tokens: what it lost can be made up for, the rest is noise."""
+    generator = torch.Generator().manual_seed(0)
+    few, width = 100, 64
+    exact = torch.randn(4000, width, generator=generator)
+    exact[:, 0] *= 30
+    seen = exact + 0.3 * torch.randn(4000, width, generator=generator)
+    seen[:, 0] = 0.8 * exact[:, 0]
+    weight = torch.randn(OUTPUTS, width, generator=generator)
+    weight[:, 0] *= 1e-3
+    found = drift_of(exact[:few], seen[:few]).finish()(weight).double()
+    losses = [loss(w, weight.double(), exact[few:], seen[few:]) for w in (found, weight.double())]
+    assert losses[0] < 1.05 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("side", "bad"), [(0, torch.inf), (0, torch.nan), (1, torch.inf), (1, torch.nan), (1, 1e30)]
+)
+def test_numbers_that_cannot_be_used_are_refused_in_a_sentence(side: int, bad: float) -> None:
+    pair = other_inputs(9, 0.3, 50)
+    pair[side][7, 3] = bad
+    with pytest.raises(RuntimeInputError, match="finite inputs of a linear layer"):
+        drift_of(*pair)

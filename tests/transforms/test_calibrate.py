@@ -122,7 +122,7 @@ def step_by_step(
                 assert format is not None
                 drift = Drift(seen.shape[-1])
                 drift.add(wanted[name], seen)
-                moved = (linear.weight.double() @ drift.correction()).float()
+                moved = drift.finish()(linear.weight)
                 weight = gptq(
                     moved if scheme.refit else linear.weight,
                     hessian.matrix,
