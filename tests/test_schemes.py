@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -20,6 +21,7 @@ from edgeattn.planner.estimate import graph_bytes
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import Recipe
+from edgeattn.runtime import Session
 from edgeattn.verify.verify import build_profiles
 
 # The down projections have 172 inputs, which no group divides.
@@ -140,6 +142,17 @@ def test_the_report_tells_what_was_done(exported: Callable[[str, str], Bundle]) 
     assert len(notes["sensitivity (nats)"]) > 10
     html = exported("w8a8-spinquant", "cpu").path / "report" / "index.html"
     assert "43 blocks" in html.read_text("utf-8")
+
+
+def test_a_session_carries_an_int8_cache(exported: Callable[[str, str], Bundle]) -> None:
+    session = Session.open(exported("w4a16-gptq:kv=int8", "cpu"), exact=True)
+    ids = session.text.encode("Once upon a time there was a little girl named Lily.")
+    whole = session.run([ids])
+    begun = session.run([ids[:5]])
+    rest = session.run([ids[5:]], begun.state)
+    np.testing.assert_allclose(rest.logits[0], whole.logits[0, 5:], atol=0.02)
+    again = session.run([ids[5:6]], begun.state)
+    np.testing.assert_allclose(again.logits[0], whole.logits[0, 5:6], atol=0.02)
 
 
 def test_a_small_head_is_smaller(exported: Callable[[str, str], Bundle]) -> None:

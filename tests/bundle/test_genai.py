@@ -230,6 +230,18 @@ def test_smaller_weights(
 
 
 @needs_genai
+def test_an_int8_cache(
+    tiny: Callable[..., Path], tmp_path: Path, with_config: Callable[..., Path]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth universally acknowledged. " * 100)
+    quant = "w4a16-gptq:group=32,kv=int8"
+    bundle = tiny(quant=quant, calibration=str(text), calibration_windows=4)
+    options = {"session.qdq_matmulnbits_accuracy_level": "1", "provider_options": []}
+    check(with_config(bundle, session_options=options), exact=True)
+
+
+@needs_genai
 def test_a_wrong_buffer_flag(
     in_place: Path, joined: Path, with_config: Callable[..., Path]
 ) -> None:
