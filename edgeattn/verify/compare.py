@@ -15,11 +15,12 @@ from edgeattn.verify.golden import Golden
 from edgeattn.verify.tolerance import allowed_error, relative_error
 
 _HIDDEN = re.compile(r"hidden\.(\d+)$")
-# The name under which golden vectors keep the KL of plain torch in the bundle's dtype.
-KL = "kl"
-# Nats, for schemes that round activations: small errors could add up in one direction.
-MAX_KL = 0.01
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)$")
+_ALONE = re.compile(r"layer\.(\d+)\.(output|key|value)$")
+# The name under which golden vectors keep the KL of plain torch in low precision.
+KL = "kl"
+# Nats, for schemes that round at run time: small errors could add up in one direction.
+MAX_KL = 0.01
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Comparison:
     """One tensor of one implementation against the reference.
 
     Attributes:
-        tensor: name as in `edgeattn.verify.drive.drive`.
-        error: see `tolerance.relative_error`.
-        low_precision_error: of plain torch in the bundle's dtype.
+        tensor: name as in `edgeattn.verify.drive.drive`, or "layer.3.output" (or .key, .value) of a
+            layer that was run alone.
+        error: see `tolerance.relative_error`, of a layer alone `tolerance.typical_error`.
+        low_precision_error: of plain torch, in the dtype that `tolerance` says.
         allowed: the bound on `error`.
     """
 
@@ -120,11 +122,11 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
 
 
 def _plain_errors(golden: Golden, lowering: Lowering) -> dict[str, float]:
-    """The error of plain torch in the bundle's dtype for each tensor.
+    """The error of plain torch for each tensor.
 
-    Where activations are rounded to int8, a last bit decides on which side of a boundary a number
-    falls, and which tensor that hits is chance: there the largest error among tensors of a kind
-    stands for all of them.
+    Where activations or caches are rounded to int8, a last bit decides on which side of a boundary
+    a number falls, and which tensor that hits is chance: there the largest error among tensors of a
+    kind stands for all of them.
     """
     errors = golden.low_precision_error
     if not lowering.scheme.rounds_at_run_time:
@@ -144,8 +146,10 @@ def _kind(tensor: str) -> str:
 def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
     """Names the place of the first error, walking the network from its input.
 
+    A layer that errs on its own is the place, whatever its errors do to the layers behind it.
+
     Args:
-        comparisons: with the residual stream among them.
+        comparisons: with the residual stream among them, or layers run alone.
         num_layers: of the model.
     """
     bad = [re.sub(r"^\w+\.", "", c.tensor, count=1) for c in comparisons if not c.passed]
@@ -153,14 +157,25 @@ def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
     present = {int(m[1]) for name in bad if (m := _PRESENT.search(name))}
     if 0 in hidden:
         return "embedding"
+    alone = [layer for c in comparisons if not c.passed and (layer := layer_alone(c)) is not None]
+    if alone:
+        return f"layer {min(alone)}"
     for layer in range(num_layers):
         if layer in present or layer + 1 in hidden:
             return f"layer {layer}"
     return "final norm or LM head"
 
 
+def layer_alone(comparison: Comparison) -> int | None:
+    """The layer that was run alone for this comparison, None where the network was."""
+    match = _ALONE.match(comparison.tensor)
+    return int(match[1]) if match else None
+
+
 def group_of(tensor: str) -> str:
     """The row of the summary table a tensor belongs to, such as "ragged cache keys"."""
+    if match := _ALONE.match(tensor):
+        return f"layers alone, {match[2]}s"
     case, _, rest = tensor.partition(".")
     if _HIDDEN.search(rest):
         return f"{case} residual stream"

@@ -22,7 +22,7 @@ class Golden:
     Attributes:
         cases: the inputs.
         expected: outputs of the reference on the weights the bundle stores.
-        low_precision_error: per tensor, of plain torch in the bundle's dtype (`tolerance`).
+        low_precision_error: per tensor, of plain torch in low precision (`tolerance`).
     """
 
     cases: tuple[Case, ...]

@@ -2,7 +2,7 @@
 
 The inputs of every step are known beforehand (decoding is teacher-forced), so a layer can run all
 steps of all cases before the next one is loaded. Memory is about one layer, whatever the depth, and
-each weight is read, transformed and dequantised once for both precisions.
+each weight is read, transformed and dequantised once for all runs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_reference(
 
     Returns:
         The reference and the plain runs, all as `drive` names them. Weights are rounded to the
-        bundle's dtype in all of them.
+        bundle's dtype first, then to the run's own where that is narrower.
     """
     walk = _Walk(model, lowering, cases)
     runs = [walk.embed(REFERENCE_DTYPES[lowering.dtype], walk.form)]
@@ -79,17 +79,68 @@ def run_reference(
     return runs[0].found, [run.found for run in runs[1:]]
 
 
+class TorchLayers:
+    """The layers of a model as a bundle stores them, one at a time, run in any precision.
+
+    Args:
+        model: transformed and quantised.
+        lowering: dtype of the stored weights, spelling of attention.
+
+    Attributes:
+        form: spelling of attention; what has no meaning in torch becomes the standard form.
+    """
+
+    def __init__(self, model: Model, lowering: Lowering) -> None:
+        self.model = model
+        self.weight_dtype = TORCH_DTYPES[lowering.dtype]
+        group_query = lowering.attention == "group-query"
+        self.form: OperatorForm = "standard" if group_query else lowering.attention
+        self._inv_freq = [inverse_frequencies(rope) for rope in model.shape.ropes]
+
+    def load(self, index: int) -> DecoderLayer:
+        """Layer `index` in the dtype of the stored weights."""
+        return load_layer(self.model, index, weight_dtype=self.weight_dtype, form=self.form)
+
+    def step(
+        self,
+        module: DecoderLayer,
+        index: int,
+        inputs: StepInputs,
+        hidden: Tensor,
+        past: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One step of one layer.
+
+        Args:
+            module: from `load`, in the dtype of `hidden`.
+            index: of the layer.
+            inputs: mask and positions.
+            hidden: `[B, T, hidden]`.
+            past: keys and values, each `[B, Hkv, P, D]`.
+
+        Returns:
+            The stream behind the layer and the joined caches.
+        """
+        shared = layer_inputs(
+            self.model.shape,
+            self._inv_freq,
+            torch.from_numpy(inputs.attention_mask),
+            torch.from_numpy(inputs.position_ids),
+            dtype=hidden.dtype,
+        )
+        found: tuple[Tensor, tuple[Tensor, Tensor]]
+        found = module(hidden, shared[self.model.shape.layer_kind(index)], past)
+        return found
+
+
 class _Walk:
     def __init__(self, model: Model, lowering: Lowering, cases: Sequence[Case]) -> None:
         self.model = model
         self.shape = model.shape
         self.lowering = lowering
         self.cases = cases
-        self.weight_dtype = TORCH_DTYPES[lowering.dtype]
-        # What has no meaning in torch is compared with the standard form.
-        group_query = lowering.attention == "group-query"
-        self.form: OperatorForm = "standard" if group_query else lowering.attention
-        self.inv_freq = [inverse_frequencies(rope) for rope in model.shape.ropes]
+        self.layers = TorchLayers(model, lowering)
+        self.weight_dtype, self.form = self.layers.weight_dtype, self.layers.form
 
     def embed(self, dtype: torch.dtype, form: OperatorForm) -> _Run:
         table = self._weight(EMBEDDING)
@@ -105,7 +156,7 @@ class _Walk:
         return run
 
     def layer(self, index: int, runs: Sequence[_Run]) -> None:
-        module = load_layer(self.model, index, weight_dtype=self.weight_dtype, form=self.form)
+        module = self.layers.load(index)
         # From wide to narrow: what is rounded for a later run the earlier ones have had.
         for run in runs:
             module.to(run.dtype)
@@ -119,14 +170,7 @@ class _Walk:
     ) -> None:
         past = module.self_attn.no_past(len(hidden[0]), run.dtype)
         for i, step in enumerate(case.steps):
-            shared = layer_inputs(
-                self.shape,
-                self.inv_freq,
-                torch.from_numpy(step.attention_mask),
-                torch.from_numpy(step.position_ids),
-                dtype=run.dtype,
-            )
-            hidden[i], past = module(hidden[i], shared[self.shape.layer_kind(index)], past)
+            hidden[i], past = self.layers.step(module, index, step, hidden[i], past)
         valid = case.steps[-1].attention_mask.astype(bool)
         for part, tensor in zip(("key", "value"), past, strict=True):
             array = _numpy(tensor.transpose(1, 2))[valid]

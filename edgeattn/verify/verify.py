@@ -13,7 +13,15 @@ from edgeattn.errors import ProofError
 from edgeattn.planner.lowering import Lowering
 from edgeattn.shape import ModelShape
 from edgeattn.verify.cases import build_cases
-from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
+from edgeattn.verify.compare import (
+    KL,
+    Agreement,
+    Comparison,
+    compare,
+    distribution_agreement,
+    layer_alone,
+    locate,
+)
 from edgeattn.verify.drive import drive
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.ort_backend import OrtBackend
@@ -106,11 +114,7 @@ def record_golden(
         if not overflow:
             errors[KL] = max(distribution_agreement(run, expected)[1] for run in runs)
             return Golden(cases, expected, errors)
-    raise ProofError(
-        expected=f"a model whose activations fit {dtype}",
-        came=f"plain torch overflows in {dtype} at {overflow}",
-        todo="export in a wider --dtype",
-    )
+    raise _overflow(lowering.dtype, overflow)
 
 
 def prove(
@@ -137,7 +141,12 @@ def prove(
     """
     golden = record_golden(model, lowering, tokens=tokens, progress=progress)
     golden.save(golden_file)
-    verification = check(model_file, golden, lowering, model.shape, progress=progress)
+    agreement = check_onnxruntime(
+        model_file, golden, lowering, num_layers=model.shape.num_layers, progress=progress
+    )
+    if lowering.scheme.rounds_at_run_time:
+        agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
+    verification = _with_tensorrt(agreement, model_file, lowering, model.shape, progress)
     verification.raise_if_failed()
     return verification
 
@@ -164,10 +173,9 @@ def check(
     agreement = check_onnxruntime(
         model_file, golden, lowering, num_layers=shape.num_layers, progress=progress
     )
-    built = None
-    if tensorrt and agreement.passed:
-        built = check_tensorrt(model_file, lowering, shape, progress=progress)
-    return Verification((agreement,), built)
+    if not tensorrt:
+        return Verification((agreement,), None)
+    return _with_tensorrt(agreement, model_file, lowering, shape, progress)
 
 
 def check_onnxruntime(
@@ -192,6 +200,50 @@ def check_onnxruntime(
     backend = OrtBackend(model_file, lowering, hidden=True)
     detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
+
+
+def add_layers(
+    agreement: Agreement,
+    model: Model,
+    lowering: Lowering,
+    model_file: Path,
+    golden: Golden,
+    *,
+    progress: Progress | None = None,
+) -> Agreement:
+    """Adds to an agreement how each layer of the graph does on its own (`layers`).
+
+    Args:
+        agreement: of the whole network.
+        model: transformed and quantised as the recipe says.
+        lowering: what was decided.
+        model_file: the graph, its weights beside it.
+        golden: for its inputs.
+        progress: called with (stage, done, total).
+    """
+    from edgeattn.verify.layers import compare_layers
+
+    stage = _staged(progress, "ONNX Runtime, each layer alone")
+    rows = compare_layers(
+        model, lowering, OrtBackend(model_file, lowering, hidden=True), golden.cases, stage
+    )
+    comparisons, first_bad = (*agreement.comparisons, *rows), agreement.first_bad
+    if not all(row.passed for row in rows):
+        first_bad = locate(comparisons, model.shape.num_layers)
+    return replace(agreement, comparisons=comparisons, first_bad=first_bad)
+
+
+def _with_tensorrt(
+    agreement: Agreement,
+    model_file: Path,
+    lowering: Lowering,
+    shape: ModelShape,
+    progress: Progress | None,
+) -> Verification:
+    built = None
+    if agreement.passed:
+        built = check_tensorrt(model_file, lowering, shape, progress=progress)
+    return Verification((agreement,), built)
 
 
 def check_tensorrt(
@@ -248,6 +300,21 @@ def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None]
     return lambda done, total: progress(stage, done, total)
 
 
+def _overflow(dtype: str, tensor: str) -> ProofError:
+    """Of a model whose numbers no plain run could hold; fp32 bundles have tried fp16 and bf16."""
+    if dtype == "fp32":
+        return ProofError(
+            expected="a model whose activations fit bf16, which reaches as far as fp32",
+            came=f"plain torch overflows in fp16 and in bf16 at {tensor}",
+            todo="report this checkpoint: no --dtype is wider",
+        )
+    return ProofError(
+        expected=f"a model whose activations fit {dtype}",
+        came=f"plain torch overflows in {dtype} at {tensor}",
+        todo="export in a wider --dtype",
+    )
+
+
 def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
     wrong = [c for c in agreement.comparisons if not c.passed]
     if not wrong:
@@ -257,11 +324,30 @@ def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
             todo="do not ship this graph; report it with the checkpoint's name",
             details=details,
         )
+    alone = [c for c in wrong if layer_alone(c) is not None]
+    if alone:
+        return _wrong_layer(agreement.backend, alone, details)
     worst = max(wrong, key=lambda c: c.error / c.allowed)
     where = f"; the first error is in {agreement.first_bad}" if agreement.first_bad else ""
     return ProofError(
         expected=f"{agreement.backend} within {worst.allowed:.2g} of the torch reference",
         came=f"{worst.tensor} differs by {worst.error:.3g} of its RMS{where}",
+        todo="do not ship this graph; report it with the checkpoint's name",
+        details=details,
+    )
+
+
+def _wrong_layer(backend: str, wrong: list[Comparison], details: dict[str, Any]) -> ProofError:
+    """Of a graph some of whose layers err on their own; the first of them is named."""
+    first = min(layer for c in wrong if (layer := layer_alone(c)) is not None)
+    here = [c for c in wrong if layer_alone(c) == first]
+    worst = max(here, key=lambda c: c.error / c.allowed)
+    what = {"output": "output", "key": "new keys", "value": "new values"}
+    part = what[worst.tensor.rpartition(".")[2]]
+    return ProofError(
+        expected=f"each layer of {backend}, given the graph's own inputs of it, within "
+        f"{worst.allowed:.2g} of the torch reference",
+        came=f"for most tokens the {part} of layer {first} differ by {worst.error:.3g} or more",
         todo="do not ship this graph; report it with the checkpoint's name",
         details=details,
     )
