@@ -193,7 +193,7 @@ def parse_scheme(text: str) -> Scheme:
             allowed = ", ".join(scheme.options) or "none"
             raise UsageError(
                 expected=f"an option of scheme {name} (it has: {allowed})",
-                came=f"'{key}' was given",
+                came=f"'{key}' was given{_NEEDS.get(key, '')}",
                 todo="leave it out or choose another scheme",
             )
         scheme, given[key] = _OPTIONS[key](scheme, value), value
@@ -205,6 +205,9 @@ def parse_scheme(text: str) -> Scheme:
     online = scheme.online and scheme.rotation != "none"
     settings = tuple(f"{key}={given[key]}" for key in changes)
     return replace(scheme, online=online, settings=settings)
+
+
+_NEEDS = {"kv": ", whose scales are measured on a calibration text"}
 
 
 def _with_group(scheme: Scheme, value: str) -> Scheme:
