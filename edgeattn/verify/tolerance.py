@@ -85,10 +85,8 @@ def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -
         value: `[tokens, ...]`.
         reference: of the same shape.
     """
-    if value.shape != reference.shape or not all(np.isfinite(x).all() for x in (value, reference)):
-        return float("inf")
-    if reference.size == 0:
-        return 0.0
+    if (known := _without_measuring(value, reference)) is not None:
+        return known
     squares = np.square(value.astype(np.float64) - reference).reshape(len(reference), -1)
     difference = np.sqrt(squares.mean(axis=1).max())
     rms = np.sqrt(np.mean(np.square(reference, dtype=np.float64)))
@@ -104,15 +102,22 @@ def typical_error(value: NDArray[np.floating], reference: NDArray[np.floating]) 
         value: `[tokens, ...]`.
         reference: of the same shape.
     """
-    if value.shape != reference.shape or not all(np.isfinite(x).all() for x in (value, reference)):
-        return float("inf")
-    if reference.size == 0:
-        return 0.0
+    if (known := _without_measuring(value, reference)) is not None:
+        return known
     difference, size = _token_rms(value - reference), _token_rms(reference)
     # A token of zeros is right where zeros are found, else wrong without measure.
     errors = np.where(difference > 0, np.inf, 0.0)
     np.divide(difference, size, out=errors, where=size > 0)
     return float(np.quantile(errors, 0.5, method="higher"))
+
+
+def _without_measuring(
+    value: NDArray[np.floating], reference: NDArray[np.floating]
+) -> float | None:
+    """The error of what is not comparable or empty, None of everything else."""
+    if value.shape != reference.shape or not all(np.isfinite(x).all() for x in (value, reference)):
+        return float("inf")
+    return 0.0 if reference.size == 0 else None
 
 
 def _token_rms(tensor: NDArray[np.floating]) -> NDArray[np.float64]:
