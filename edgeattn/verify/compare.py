@@ -12,7 +12,8 @@ import numpy as np
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.drive import Tensors
 from edgeattn.verify.golden import Golden
-from edgeattn.verify.tolerance import allowed_error, relative_error
+from edgeattn.verify.measure import errors
+from edgeattn.verify.tolerance import allowed_error, rounding_floor
 
 _HIDDEN = re.compile(r"hidden\.(\d+)$")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)$")
@@ -28,9 +29,9 @@ class Comparison:
     """One tensor of one implementation against the reference.
 
     Attributes:
-        tensor: name as in `edgeattn.verify.drive.drive`, or "layer.3.output" (or .key, .value) of a
-            layer that was run alone.
-        error: see `tolerance.relative_error`, of a layer alone `tolerance.typical_error`.
+        tensor: name as in `measure.errors`, or "layer.3.output" (or .key, .value) of a layer that
+            was run alone.
+        error: `tolerance.relative_error`, of schemes that round at run time `typical_error`.
         low_precision_error: of plain torch, in the dtype that `tolerance` says.
         allowed: the bound on `error`.
     """
@@ -105,18 +106,16 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
     logits and cache must be there.
     """
     quantized, comparisons = bool(lowering.scheme.weight_bits), []
-    plain = _plain_errors(golden, lowering)
-    for name, reference in golden.expected.items():
-        if name not in found and ".hidden." in name:
-            continue
-        value = found.get(name)
-        error = float("inf") if value is None else relative_error(value, reference)
+    plain, rounds = _plain_errors(golden, lowering), lowering.scheme.rounds_at_run_time
+    for name, error in errors(found, golden.expected, golden.cases, rounds=rounds).items():
         low = plain.get(name, 0.0)
         allowed = allowed_error(lowering.dtype, low, quantized=quantized)
+        if lowering.scheme.kv_bits is not None and ".present." in name:
+            allowed += rounding_floor(golden.expected[name])
         comparisons.append(Comparison(name, error, low, allowed))
     top1, kl = distribution_agreement(found, golden.expected)
     max_kl = None
-    if lowering.scheme.rounds_at_run_time:
+    if rounds:
         max_kl = 2 * golden.low_precision_error.get(KL, 0.0) + MAX_KL
     return Agreement(backend, tuple(comparisons), top1, kl, max_kl)
 
@@ -128,14 +127,14 @@ def _plain_errors(golden: Golden, lowering: Lowering) -> dict[str, float]:
     a number falls, and which tensor that hits is chance: there the largest error among tensors of a
     kind stands for all of them.
     """
-    errors = golden.low_precision_error
+    known = golden.low_precision_error
     if not lowering.scheme.rounds_at_run_time:
-        return errors
+        return known
     largest: dict[str, float] = {}
-    for name, error in errors.items():
+    for name, error in known.items():
         kind = _kind(name)
         largest[kind] = max(error, largest.get(kind, 0.0))
-    return {name: largest[_kind(name)] for name in errors}
+    return {name: largest[_kind(name)] for name in known}
 
 
 def _kind(tensor: str) -> str:
@@ -181,6 +180,8 @@ def group_of(tensor: str) -> str:
         return f"{case} residual stream"
     if match := _PRESENT.search(rest):
         return f"{case} cache {match[2]}s"
+    if rest == "logits":
+        return f"{case} logits"
     return f"{case} {'prefill' if rest == '0.logits' else 'decode'} logits"
 
 

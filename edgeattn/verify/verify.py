@@ -25,7 +25,8 @@ from edgeattn.verify.compare import (
 from edgeattn.verify.drive import drive
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.ort_backend import OrtBackend
-from edgeattn.verify.tolerance import plain_dtypes, plain_runs, relative_error
+from edgeattn.verify.measure import errors
+from edgeattn.verify.tolerance import plain_dtypes, plain_runs
 
 if TYPE_CHECKING:
     from edgeattn.models.model import Model
@@ -106,14 +107,13 @@ def record_golden(
     overflow = ""
     for dtype in plain_dtypes(lowering):
         expected, runs = run_reference(model, lowering, cases, plain_runs(lowering, dtype), stage)
-        errors = {
-            name: max(relative_error(run[name], value) for run in runs)
-            for name, value in expected.items()
-        }
-        overflow = next((n for n, error in errors.items() if not math.isfinite(error)), "")
+        rounds = lowering.scheme.rounds_at_run_time
+        found = [errors(run, expected, cases, rounds=rounds) for run in runs]
+        largest = {name: max(run[name] for run in found) for name in found[0]}
+        overflow = next((n for n, error in largest.items() if not math.isfinite(error)), "")
         if not overflow:
-            errors[KL] = max(distribution_agreement(run, expected)[1] for run in runs)
-            return Golden(cases, expected, errors)
+            largest[KL] = max(distribution_agreement(run, expected)[1] for run in runs)
+            return Golden(cases, expected, largest)
     raise _overflow(lowering.dtype, overflow)
 
 
@@ -347,7 +347,8 @@ def _wrong_layer(backend: str, wrong: list[Comparison], details: dict[str, Any])
     return ProofError(
         expected=f"each layer of {backend}, given the graph's own inputs of it, within "
         f"{worst.allowed:.2g} of the torch reference",
-        came=f"for most tokens the {part} of layer {first} differ by {worst.error:.3g} or more",
+        came=f"for most tokens of a sequence the {part} of layer {first} differ by "
+        f"{worst.error:.3g} or more",
         todo="do not ship this graph; report it with the checkpoint's name",
         details=details,
     )

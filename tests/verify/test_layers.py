@@ -242,29 +242,41 @@ def test_caches_that_are_written_in_place(
         assert wrong_layers(right.rows(right.wrong(place, 1, 1.1))) == {"layer.1"}
 
 
+ONE = np.zeros(9, int)
+
+
 def test_a_typical_error_is_that_of_most_tokens() -> None:
     reference = np.random.default_rng(0).normal(size=(9, 4, 8))
     few, most = reference.copy(), reference.copy()
     few[:4] *= 3
     most[:5] *= 1.1
-    assert typical_error(reference, reference) == typical_error(few, reference) == 0
-    assert typical_error(most, reference) == pytest.approx(0.1)
+    assert typical_error(reference, reference, ONE) == typical_error(few, reference, ONE) == 0
+    assert typical_error(most, reference, ONE) == pytest.approx(0.1)
+
+
+def test_a_typical_error_is_that_of_the_worst_sequence() -> None:
+    reference = np.random.default_rng(0).normal(size=(9, 8))
+    one = reference.copy()
+    one[6:] *= 1.1
+    assert typical_error(one, reference, ONE) == 0
+    assert typical_error(one, reference, np.arange(9) // 3) == pytest.approx(0.1)
 
 
 def test_a_large_token_does_not_hide_the_others() -> None:
     reference = np.ones((9, 8))
     reference[0] = 1e4
-    assert typical_error(reference * 1.1, reference) == pytest.approx(0.1)
+    assert typical_error(reference * 1.1, reference, ONE) == pytest.approx(0.1)
 
 
 def test_a_typical_error_of_what_cannot_be_compared_is_infinite() -> None:
-    zeros, ones = np.zeros((3, 2)), np.ones((3, 2))
-    assert typical_error(zeros, zeros) == typical_error(zeros[:0], zeros[:0]) == 0
-    assert typical_error(ones, zeros) == float("inf")
-    assert typical_error(ones, ones[:2]) == float("inf")
+    zeros, ones, one = np.zeros((3, 2)), np.ones((3, 2)), np.zeros(3, int)
+    assert typical_error(zeros, zeros, one) == 0
+    assert typical_error(zeros[:0], zeros[:0], one[:0]) == 0
+    assert typical_error(ones, zeros, one) == float("inf")
+    assert typical_error(ones, ones[:2], one) == float("inf")
     one_bad = ones.copy()
     one_bad[0, 0] = np.nan
-    assert typical_error(one_bad, ones) == float("inf")
+    assert typical_error(one_bad, ones, one) == float("inf")
 
 
 def test_a_layer_that_errs_alone_is_the_place() -> None:
