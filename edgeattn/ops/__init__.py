@@ -6,10 +6,10 @@ To add one, write its file and list its SPEC here. Importing this loads no torch
 from __future__ import annotations
 
 from edgeattn.errors import unknown_name
-from edgeattn.ops import hadamard_transform
+from edgeattn.ops import hadamard_transform, recurrent_linear_attention
 from edgeattn.ops.spec import OpSpec
 
-ALL_OPS: tuple[OpSpec, ...] = (hadamard_transform.SPEC,)
+ALL_OPS: tuple[OpSpec, ...] = (hadamard_transform.SPEC, recurrent_linear_attention.SPEC)
 _BY_NAME = {spec.name: spec for spec in ALL_OPS}
 
 

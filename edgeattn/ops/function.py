@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,17 +21,95 @@ class Body:
         inputs: values named as in the dossier.
     """
 
-    def __init__(self, spec: OpSpec, opset: int) -> None:
-        self._spec, self._opset, self._tape = spec, opset, Tape()
+    FLOAT, BOOL = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)  # for Cast
+
+    def __init__(self, spec: OpSpec, opset: int, *, prefix: str = "") -> None:
+        self._spec, self._opset, self._prefix, self._tape = spec, opset, prefix, Tape()
         self.inputs = tuple(ir.Value(name=tensor.name) for tensor in spec.inputs)
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """The one output of a new node of a standard operator."""
-        return self._tape.op(op_type, inputs, attributes)
+        return self._tape.op(op_type, inputs, attributes, output=self._new_value())
+
+    def _new_value(self) -> ir.Value:
+        # A subgraph must not use a name of the graph around it.
+        return ir.Value(name=f"{self._prefix}{len(self._tape.nodes)}")
 
     def ints(self, *values: int) -> ir.Value:
         """A constant of rank 1, int64."""
         return self.op("Constant", value_ints=values)
+
+    def scalar(self, value: int) -> ir.Value:
+        """A constant of rank 0, int64."""
+        return self.op("Constant", value_int=value)
+
+    def floats(self, *values: float) -> ir.Value:
+        """A constant of rank 1, fp32."""
+        return self.op("Constant", value_floats=values)
+
+    def attribute(self, name: str) -> ir.Value:
+        """What the node has as its attribute `name`: a number of rank 0."""
+        kind = {a.name: a.type for a in self._spec.attributes}[name]
+        reference = ir.RefAttr(f"value_{kind}", name, ir.AttributeType[kind.upper()])
+        return self.op("Constant", **{reference.name: reference})
+
+    def fp32(self, value: ir.Value) -> ir.Value:
+        """`value` in fp32."""
+        return self.op("Cast", value, to=self.FLOAT)
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """One dimension, `[1]`."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def dims(self, sizes: Mapping[str, ir.Value], *symbols: str | int) -> ir.Value:
+        """A shape out of sizes `[1]` and numbers."""
+        parts = [sizes[s] if isinstance(s, str) else self.ints(s) for s in symbols]
+        return self.op("Concat", *parts, axis=0)
+
+    def reshape(
+        self, value: ir.Value, sizes: Mapping[str, ir.Value], *symbols: str | int
+    ) -> ir.Value:
+        """`value` in a shape as `dims` takes it."""
+        return self.op("Reshape", value, self.dims(sizes, *symbols))
+
+    def last(self, value: ir.Value, axis: int) -> ir.Value:
+        """The last slice along an axis, which stays."""
+        end = self.ints(2**63 - 1)
+        return self.op("Slice", value, self.ints(-1), end, self.ints(axis))
+
+    def scan(
+        self,
+        states: Mapping[str, ir.Value],
+        rows: Mapping[str, ir.Value],
+        step: Callable[[Body, dict[str, ir.Value]], tuple[list[ir.Value], list[ir.Value]]],
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """A Scan along axis 0, the only one that onnx's own evaluator knows; all in fp32.
+
+        Args:
+            states: first values of what is carried on.
+            rows: what is walked along.
+            step: (the body of the Scan, its values by name) -> next states and rows of the outputs;
+                it may read values of this body.
+
+        Returns:
+            The last states, and the outputs.
+        """
+        inner = Body(self._spec, self._opset, prefix="step_")
+        given = {name: _fp32_value(f"{inner._prefix}{name}") for name in (*states, *rows)}
+        next_states, outputs = step(inner, given)
+        results = [*next_states, *outputs]
+        for value in results:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        body = ir.Graph(
+            list(given.values()), results, nodes=inner._tape.nodes, name=f"{self._spec.name}_step"
+        )
+        found = self._tape.op_multi_out(
+            "Scan",
+            [*states.values(), *rows.values()],
+            {"body": body, "num_scan_inputs": len(rows)},
+            outputs=[ir.Value(name=f"scanned_{i}") for i in range(len(results))],
+        )
+        return list(found[: len(states)]), list(found[len(states) :])
 
     def function(self, *outputs: ir.Value) -> ir.Function:
         """The function that gives `outputs`.
@@ -92,3 +170,7 @@ def node(
         for value, shape in zip(result.outputs, spec.infer_shapes(dims, complete), strict=True):
             value.shape = ir.Shape(shape)
     return result
+
+
+def _fp32_value(name: str) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -31,6 +31,9 @@ LEADING = "..."
 FLOATS = ("fp32", "fp16", "bf16")
 DTYPES = (*FLOATS, "int32", "int8", "bool")
 
+# Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1.
+VALUES = ("any", "non-negative", "non-positive", "unit", "unit-norm")
+
 # A number, a name, or a framework's symbolic dimension.
 Dim: TypeAlias = Any
 Shape: TypeAlias = tuple[Dim, ...]
@@ -51,6 +54,7 @@ class TensorSpec:
         variable: tensors of one type variable have the same dtype in a node, and list the same.
         updates: of an output, the input whose next value it is (a state); a runtime may keep both
             in one buffer.
+        values: of an input, which numbers it may hold, of `VALUES`.
     """
 
     name: str
@@ -58,6 +62,7 @@ class TensorSpec:
     dtypes: tuple[str, ...] = FLOATS
     variable: str = "T"
     updates: str | None = None
+    values: str = "any"
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,14 @@ class Case:
         dims: of every symbol in the shapes of the inputs; `LEADING` has a tuple.
         dtype: of the type variable "T".
         attributes: those that differ from the defaults.
+        values: of inputs that must be narrower here than the dossier says, of `VALUES`, by name.
     """
 
     name: str
     dims: Mapping[str, int | tuple[int, ...]]
     dtype: str = "fp32"
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,30 @@ class OpSpec:
             tuple(size for symbol in tensor.shape for size in flat(symbol))
             for tensor in self.inputs
         )
+
+    @property
+    def meaning(self) -> str:
+        """The formula in words: the text at the head of the operator's file."""
+        text = importlib.import_module(self.reference.__module__).__doc__ or ""
+        return text.partition(": ")[2].strip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts of the dossier, JSON-ready; not its functions and cases."""
+        return {
+            "name": self.name,
+            "domain": DOMAIN,
+            "version": OP_VERSION,
+            "inputs": [asdict(tensor) for tensor in self.inputs],
+            "outputs": [asdict(tensor) for tensor in self.outputs],
+            "attributes": [asdict(attribute) for attribute in self.attributes],
+            "implementations": [
+                "reference",
+                "function body",
+                *(["triton"] if self.triton else []),
+                *(["plugin"] if self.plugin else []),
+            ],
+            "tolerance": {dtype: asdict(allowed) for dtype, allowed in self.tolerance.items()},
+        }
 
     def kernel(self) -> Callable[..., Any] | None:
         """The Triton kernel, imported now; None without one."""
@@ -305,6 +336,8 @@ def _tensor_problems(spec: OpSpec) -> Iterable[str]:
             yield f"{tensor.name} has dtypes {tensor.dtypes}, not of {DTYPES}"
         if variables.setdefault(tensor.variable, tensor.dtypes) != tensor.dtypes:
             yield f"{tensor.name} has other dtypes than type variable {tensor.variable} elsewhere"
+        if tensor.values not in VALUES:
+            yield f"{tensor.name} has values {tensor.values!r}, not of {VALUES}"
         if LEADING in tensor.shape[1:]:
             yield f"{tensor.name} has {LEADING} behind other dimensions"
         if tensor.updates is None:
@@ -321,6 +354,9 @@ def _case_problems(spec: OpSpec, case: Case) -> Iterable[str]:
     if set(case.dims) != symbols:
         yield f"case {case.name} sizes {sorted(case.dims)} instead of {sorted(symbols)}"
         return
+    inputs = {t.name for t in spec.inputs}
+    if not (set(case.values) <= inputs and set(case.values.values()) <= set(VALUES)):
+        yield f"case {case.name} has values {dict(case.values)}, not of inputs and of {VALUES}"
     if case.dtype not in {d for t in spec.inputs if t.variable == "T" for d in t.dtypes}:
         yield f"case {case.name} has dtype {case.dtype}"
     try:

@@ -1,0 +1,127 @@
+"""Inputs, graphs and errors for the cases of operators, the same for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from edgeattn.ops import ALL_OPS
+from edgeattn.ops.function import node
+from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
+
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ONNX = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+_VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "any": lambda x: x,
+    "non-negative": torch.abs,
+    "non-positive": lambda x: -torch.nn.functional.softplus(x),
+    "unit": torch.sigmoid,
+    "unit-norm": lambda x: torch.nn.functional.normalize(x, dim=-1),
+}
+
+
+def all_cases() -> Iterator[tuple[OpSpec, Case]]:
+    """Every case of every operator."""
+    for spec in ALL_OPS:
+        for case in spec.cases:
+            yield spec, case
+
+
+def case_id(value: object) -> str:
+    """A readable name of a parametrised test."""
+    return str(value.name) if isinstance(value, OpSpec | Case) else str(value)
+
+
+def dtype_of(tensor: Any, case: Case) -> str:
+    """The dtype of one input or output in a case."""
+    return case.dtype if tensor.variable == "T" else str(tensor.dtypes[0])
+
+
+def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> list[Tensor]:
+    """Random inputs as the dossier allows them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for tensor, shape in zip(spec.inputs, spec.input_shapes(case), strict=True):
+        values = _VALUES[case.values.get(tensor.name, tensor.values)]
+        x = values(torch.randn(shape, generator=generator))
+        inputs.append(x.to(TORCH[dtype_of(tensor, case)]))
+    return inputs
+
+
+def outputs_of(result: Any) -> tuple[Tensor, ...]:
+    """What an implementation gave, always as a tuple."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def exact_outputs(spec: OpSpec, case: Case, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The reference in fp32, on the very inputs."""
+    return outputs_of(spec.reference(*(x.float() for x in inputs), **case.attributes))
+
+
+def allowed_error(spec: OpSpec, case: Case, exact: Tensor, index: int) -> float:
+    """Twice the error of rounding output `index` once, plus the dossier's floor."""
+    rounded = exact.to(TORCH[dtype_of(spec.outputs[index], case)])
+    return 2 * relative_error(rounded, exact) + spec.tolerance[case.dtype].floor
+
+
+def check_outputs(
+    spec: OpSpec, case: Case, found: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """Fails where an output is of another dtype or too far from the exact one."""
+    for index, (value, right) in enumerate(zip(found, exact, strict=True)):
+        assert value.dtype == TORCH[dtype_of(spec.outputs[index], case)]
+        error = relative_error(value, right)
+        allowed = allowed_error(spec, case, right, index)
+        assert error <= allowed, f"{spec.outputs[index].name}: {error:.3g} > {allowed:.3g}"
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, relative to that of `exact`."""
+    if value.shape != exact.shape or not value.isfinite().all():
+        return math.inf
+    difference = (value.double() - exact.double()).square().mean().sqrt()
+    size = exact.double().square().mean().sqrt()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def op_model(
+    spec: OpSpec, case: Case, opset: int, *, dynamic: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """A model of one node; the dimensions named in `dynamic` are symbols."""
+    inputs = []
+    for tensor, sizes in zip(spec.inputs, spec.input_shapes(case), strict=True):
+        symbols = tensor.shape if len(tensor.shape) == len(sizes) else sizes
+        shape = [s if s in dynamic else size for s, size in zip(symbols, sizes, strict=True)]
+        kind = ir.TensorType(ONNX[dtype_of(tensor, case)])
+        inputs.append(ir.Value(name=tensor.name, type=kind, shape=ir.Shape(shape)))
+    call = node(spec, inputs, case.attributes)
+    for output, tensor in zip(call.outputs, spec.outputs, strict=True):
+        output.name, output.type = tensor.name, ir.TensorType(ONNX[dtype_of(tensor, case)])
+    graph = ir.Graph(
+        inputs,
+        call.outputs,
+        nodes=[call],
+        opset_imports={"": opset, DOMAIN: OP_VERSION},
+        name=spec.name,
+    )
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[spec.function_body(opset)]))
+
+
+def run_onnx(proto: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A model's outputs in ONNX Runtime."""
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, feeds)]
