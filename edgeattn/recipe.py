@@ -18,6 +18,8 @@ else:
 
 DTYPES = ("fp32", "fp16", "bf16")
 LOGITS = ("all", "last")
+# Tokens of a calibration window, where the model's context is as long; and how many windows.
+CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 512, 64
 _COUNTS = ("context", "batch", "calibration_windows")
 
 
@@ -46,7 +48,7 @@ class Recipe:
     batch: int = 1
     logits: str = "all"
     calibration: str | None = None
-    calibration_windows: int = 64
+    calibration_windows: int = CALIBRATION_WINDOWS
     rotations: str | None = None
     eval_text: str | None = None
     max_ppl_increase: str | None = None

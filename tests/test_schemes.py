@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import Recipe
 from edgeattn.runtime import Session
+from edgeattn.runtime.perplexity import perplexity
+from edgeattn.text_file import read_text
+from edgeattn.verify.report import report_html
 from edgeattn.verify.verify import build_profiles
 
 # The down projections have 172 inputs, which no group divides.
@@ -36,6 +40,8 @@ CALIBRATED = {
     "w4a16-gptq:kv=int8": FOUR_BITS,
     "w4a16-spinquant:kv=int8": FOUR_BITS,
     "w8a8-spinquant:kv=int8": "",
+    "w4a16-gptq:keep=10%": FOUR_BITS,
+    "w4a16-spinquant-learned:steps=2": FOUR_BITS,
 }
 TARGETS = ("cpu", "jetson-orin")
 WINDOWS = 8
@@ -103,6 +109,22 @@ def test_other_gpus_take_integers_too(
     assert report.status == "built", report.reason
 
 
+@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX is not installed")
+def test_an_engine_holds_the_bits_that_were_asked_for(
+    random_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a model large enough that its weights are most of the engine."""
+    model, sizes = random_checkpoint(hidden_size=512, intermediate_size=2048, head_dim=64), []
+    for quant in ("w4-rtn", "w8-rtn", "none"):
+        report = export(model, Recipe("jetson-orin", quant=quant), tmp_path / quant, verify=False)
+        bundle = Bundle.open(report.path)
+        profiles = build_profiles(report.lowering, bundle.shape)
+        built = check_build(bundle.model_file, sm=86, profiles=profiles, timeout_s=300)
+        assert built.engine_bytes is not None, built.reason
+        sizes.append(built.engine_bytes)
+    assert sizes[0] < 0.7 * sizes[1] < 0.7 * 0.7 * sizes[2]
+
+
 def test_refitting_brings_the_graph_closer_to_the_checkpoint(
     stories260k: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
@@ -127,21 +149,44 @@ def test_the_graph_is_as_large_as_estimated(
 
 
 def test_all_calibrated_schemes_are_here() -> None:
-    """The learned rotations have tests of their own: learning takes long."""
     calibrated = {name for name, scheme in SCHEMES.items() if scheme.needs_calibration}
-    here = {name.partition(":")[0] for name in CALIBRATED}
-    assert calibrated - here == {"w4a16-spinquant-learned"}
+    assert calibrated == {name.partition(":")[0] for name in CALIBRATED}
 
 
 def test_the_report_tells_what_was_done(exported: Callable[[str, str], Bundle]) -> None:
     notes = exported("w8a8-spinquant", "cpu").json("report.json")["transforms"]
     assert notes["rotation"]["logit_difference"] < 1e-3 * notes["rotation"]["logit_rms"]
     assert notes["rotation"]["orthogonality_error"] < 1e-12
-    assert "43 blocks" in notes["rotation"]["online"]
+    assert notes["rotation"]["kind"] == "randomised Hadamard"
+    assert notes["rotation"]["R1, of the residual stream"] == "Hadamard of 64, full"
+    assert notes["rotation"]["R2, of each head's values"] == "Hadamard of 8, full"
+    in_blocks = "Hadamard of 172 in 43 blocks, as no full one is known"
+    assert notes["rotation"]["R4, at run time before down_proj"] == in_blocks
     assert notes["calibration"]["windows"] == WINDOWS
-    assert len(notes["sensitivity (nats)"]) > 10
-    html = exported("w8a8-spinquant", "cpu").path / "report" / "index.html"
-    assert "43 blocks" in html.read_text("utf-8")
+    assert len(notes["sensitivity (nats)"]) == 5 * 4, "every trial"
+    assert in_blocks in page(exported("w8a8-spinquant", "cpu"))
+    cache = exported("w8a8-spinquant:kv=int8", "cpu").json("report.json")["transforms"][
+        "int8 cache"
+    ]
+    assert cache["R3, at run time, of queries and keys"] == "Hadamard of 8, full"
+    plain = exported("w4a16-gptq:kv=int8", "cpu").json("report.json")["transforms"]["int8 cache"]
+    assert plain["R3, at run time, of queries and keys"] == "none"
+
+
+def page(bundle: Bundle) -> str:
+    """The report as a browser would show its text."""
+    return html.unescape((bundle.path / "report" / "index.html").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(40, 40), (41, 20)])
+def test_a_long_table_is_cut_short_on_the_page_alone(
+    exported: Callable[[str, str], Bundle], rows: int, shown: int
+) -> None:
+    content = exported("w4a16-gptq", "cpu").json("report.json")
+    content["transforms"]["sensitivity (nats)"] = {f"trial-{i}.": 0.5 for i in range(rows)}
+    found = report_html(content)
+    assert [f"trial-{i}." in found for i in range(rows)] == [i < shown for i in range(rows)]
+    assert (f"The first 20 of {rows}; report.json has them all." in found) == (shown < rows)
 
 
 def test_a_session_carries_an_int8_cache(exported: Callable[[str, str], Bundle]) -> None:
@@ -282,9 +327,16 @@ def test_a_text_of_other_bytes_is_refused(stories260k: Path, tmp_path: Path) -> 
         )
 
 
-def test_quality_is_a_number_in_the_manifest(exported: Callable[[str, str], Bundle]) -> None:
+def test_quality_is_that_of_the_exported_graph(
+    exported: Callable[[str, str], Bundle], texts: dict[str, str]
+) -> None:
     bundle = exported("w4a16-spinquant", "cpu")
     stored = json.loads((bundle.path / "manifest.json").read_text())["quality"]
     assert math.isclose(
         stored["increase"], stored["perplexity"] / stored["reference_perplexity"] - 1
     )
+    text, sizes = read_text(Path(texts["eval_text"])), (stored["windows"], stored["length"])
+    found = perplexity(Session.open(bundle, exact=True), text, windows=sizes[0], length=sizes[1])
+    assert stored["perplexity"] == pytest.approx(found.perplexity, rel=1e-4)
+    assert f"<td>{stored['perplexity']:.3g}</td>" in page(bundle)
+    assert "Quality" in page(bundle)

@@ -68,14 +68,17 @@ def measure_sensitivity(
     """
     shape = model.shape
     loss_windows, shared = windows[-_LOSS_WINDOWS:], window_inputs(shape, windows.shape[1])
-    hidden = embed_windows(model, windows[:_BOUND_WINDOWS])
+    rounds_inputs = scheme.activation_bits is not None
+    hidden = embed_windows(model, windows[:_BOUND_WINDOWS]) if rounds_inputs else None
     plain = embed_windows(model, loss_windows)
     names: list[tuple[str, ...]] = []
     trials: list[Tensor] = []
     for index in range(shape.num_layers):
         layer = load_layer(model, index, weight_dtype=torch.float32)
         kind = shared[shape.layer_kind(index)]
-        scales = _input_scales(layer, LayerWalk(layer, hidden, kind, shape), scheme)
+        scales: list[float | None] = [None] * len(STAGES)
+        if hidden is not None:
+            scales = _input_scales(layer, LayerWalk(layer, hidden, kind, shape), scheme)
         for stream in trials:
             run_layer(layer, stream, kind)
         for linears, tried in _trials(layer, plain, scheme, scales, kind):
@@ -112,9 +115,9 @@ def _can_be_kept(trial: Trial, scheme: Scheme) -> bool:
     return any(format is not None and format.bits == 4 for format in formats)
 
 
-def _input_scales(layer: DecoderLayer, walk: LayerWalk, scheme: Scheme) -> list[float]:
+def _input_scales(layer: DecoderLayer, walk: LayerWalk, scheme: Scheme) -> list[float | None]:
     """The int8 scale of each stage's input; the walk passes through the layer."""
-    found = []
+    found: list[float | None] = []
     for number, names in enumerate(STAGES):
         reads, observer = linear_of(layer, names[0]).reads, Observer()
         for inputs in walk.inputs(number):
@@ -128,7 +131,7 @@ def _trials(
     layer: DecoderLayer,
     plain: Tensor,
     scheme: Scheme,
-    scales: Sequence[float],
+    scales: Sequence[float | None],
     shared: LayerInputs,
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """The stream behind the layer for each way of quantising a part of it."""
@@ -143,13 +146,14 @@ def _trials(
 
 
 @contextmanager
-def _quantized(linears: Mapping[str, Linear], scheme: Scheme, scale: float) -> Iterator[None]:
+def _quantized(
+    linears: Mapping[str, Linear], scheme: Scheme, scale: float | None
+) -> Iterator[None]:
     """Linear layers as the scheme would have them, for a while."""
     before = [(linear.weight.data, linear.reads) for linear in linears.values()]
     for name, linear in linears.items():
         format = scheme.format_of(name)
-        if scheme.activation_bits is not None:
-            linear.reads = replace(linear.reads, scale=scale)
+        linear.reads = replace(linear.reads, scale=scale)
         if format is not None:
             quantized = quantize_symmetric(linear.weight.data, format, clip=scheme.clip)
             linear.weight.data = quantized.dequantize()

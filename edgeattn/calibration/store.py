@@ -6,20 +6,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from edgeattn.calibration.work import WorkFolder, write_tensors, write_text
 from edgeattn.errors import UsageError
 from edgeattn.models.families import LM_HEAD
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import WeightFormat
 
-_KEY = "made-from.json"
 # In the place of a layer: the LM head, where it is quantised like a linear layer.
-HEAD = "lm_head"
+HEAD: Literal["lm_head"] = "lm_head"
+Layer = int | Literal["lm_head"]
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,25 @@ class LayerStore:
     """A folder with one safetensors file per finished layer.
 
     Args:
-        folder: made where it does not exist.
+        folder: of unfinished work, made when the first layer is written.
         made_from: JSON-ready values that say what the layers depend on: checkpoint, scheme, text.
+        part: folder within it, where one command makes several sets of layers.
 
     Raises:
         UsageError: the folder holds layers made from something else.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        key = folder / _KEY
-        text = json.dumps(made_from, sort_keys=True, indent=1)
-        if not key.exists():
-            _write_atomically(key, text)
-        elif key.read_text("utf-8") != text:
-            raise UsageError(
-                expected=f"the unfinished work in {folder} to be of this command",
-                came="it was started with another model, recipe or calibration text",
-                todo="delete the folder, or run the command it was started with again",
-            )
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], part: str = "") -> None:
+        self._work = WorkFolder(folder, made_from)
+        self._folder = folder / part
 
-    def has(self, layer: int | str) -> bool:
+    def has(self, layer: Layer) -> bool:
         """Whether a layer is finished."""
         return self._file(layer).exists()
 
     def write(
         self,
-        layer: int | str,
+        layer: Layer,
         linears: Mapping[str, StoredLinear],
         cache_scales: tuple[float, float] | None = None,
     ) -> None:
@@ -87,20 +78,20 @@ class LayerStore:
                 "group_size": linear.weight.format.group_size,
                 "input_scale": linear.input_scale,
             }
-        file = self._file(layer)
-        partial = file.with_suffix(".partial")
         metadata = {"layer": json.dumps({"linears": about, "cache_scales": cache_scales})}
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(file)
+        self._begin()
+        write_tensors(self._file(layer), tensors, metadata)
 
     def remembered(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON-ready result that is made once and then read from the folder."""
         file = self._folder / f"{name}.json"
         if not file.exists():
-            _write_atomically(file, json.dumps(make()))
+            result = json.dumps(make())
+            self._begin()
+            write_text(file, result)
         return json.loads(file.read_text("utf-8"))
 
-    def read(self, layer: int | str) -> dict[str, StoredLinear]:
+    def read(self, layer: Layer) -> dict[str, StoredLinear]:
         """All linear layers of a finished layer."""
         return {name: self._read(layer, name) for name in self._about(layer)}
 
@@ -119,7 +110,7 @@ class LayerStore:
         about = self._about(place[0]).get(place[1])
         return None if about is None else WeightFormat(about["bits"], about["group_size"])
 
-    def input_scales(self, layer: int | str) -> dict[str, float]:
+    def input_scales(self, layer: Layer) -> dict[str, float]:
         """Scales of static int8 activations by linear layer."""
         scales = {name: about["input_scale"] for name, about in self._about(layer).items()}
         return {name: scale for name, scale in scales.items() if scale is not None}
@@ -129,7 +120,12 @@ class LayerStore:
         found = self._metadata(layer, "cache_scales")
         return None if found is None else (float(found[0]), float(found[1]))
 
-    def _place(self, parameter: str) -> tuple[int | str, str] | None:
+    def _begin(self) -> None:
+        """Only here, so that a model refused before anything is finished leaves nothing behind."""
+        self._work.begin()
+        self._folder.mkdir(exist_ok=True)
+
+    def _place(self, parameter: str) -> tuple[Layer, str] | None:
         """Layer and linear layer of a weight's name; None where it is none of the store's."""
         if parameter == LM_HEAD:
             return (HEAD, HEAD) if self.has(HEAD) else None
@@ -138,18 +134,18 @@ class LayerStore:
         _, layer, name = parameter.removesuffix(".weight").split(".", 2)
         return int(layer), name
 
-    def _read(self, layer: int | str, name: str) -> StoredLinear:
+    def _read(self, layer: Layer, name: str) -> StoredLinear:
         about = self._about(layer)[name]
         with safe_open(self._file(layer), "pt") as file:
             qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
         format = WeightFormat(about["bits"], about["group_size"])
         return StoredLinear(QuantizedTensor(qdata, scale, format), about["input_scale"])
 
-    def _about(self, layer: int | str) -> dict[str, Any]:
+    def _about(self, layer: Layer) -> dict[str, Any]:
         found: dict[str, Any] = self._metadata(layer, "linears")
         return found
 
-    def _metadata(self, layer: int | str, key: str) -> Any:
+    def _metadata(self, layer: Layer, key: str) -> Any:
         try:
             with safe_open(self._file(layer), "pt") as file:
                 return json.loads((file.metadata() or {})["layer"])[key]
@@ -160,12 +156,6 @@ class LayerStore:
                 todo="delete the folder and start again",
             ) from error
 
-    def _file(self, layer: int | str) -> Path:
+    def _file(self, layer: Layer) -> Path:
         name = layer if isinstance(layer, str) else f"layer-{layer:04d}"
         return self._folder / f"{name}.safetensors"
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)

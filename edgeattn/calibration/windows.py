@@ -5,43 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
-from edgeattn.text_file import read_text_file
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 # A word or sign unknown here and there is usual; a text in a foreign script is unknown throughout.
 _MOST_UNKNOWN = 0.1
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, or a folder whose *.txt files, sorted by name, are joined by newlines.
-
-    Raises:
-        RuntimeInputError: nothing is there, it cannot be read, is no UTF-8, or is empty.
-    """
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.txt") if file.is_file())
-        if not files:
-            raise RuntimeInputError(
-                expected=f"*.txt files in {path}",
-                came="the folder has none",
-                todo="put texts there or pass a file",
-            )
-    text = "\n".join(read_text_file(file) for file in files)
-    if not text.strip():
-        raise RuntimeInputError(
-            expected=f"a text in {path}", came="it is empty", todo="pass a text of some pages"
-        )
-    return text
 
 
 def text_sha256(text: str) -> str:
@@ -86,11 +61,16 @@ def token_windows(
         raise RuntimeInputError(
             expected=f"a text of {windows} windows of {length} tokens",
             came=f"it has {len(ids)} tokens, enough for {len(ids) // length} windows",
-            todo="take a longer text, or fewer or shorter windows",
+            todo=_fewer_windows(len(ids) // length),
         )
     _check_vocabulary(max(ids), vocab_size)
     starts = _spread(len(ids), windows, length)
     return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
+
+
+def _fewer_windows(enough: int) -> str:
+    option = f" or --calibration-windows {enough}" if enough else ""
+    return f"pass a longer text{option}"
 
 
 def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
+
 if TYPE_CHECKING:
     from edgeattn.pipeline import ExportPlan, ExportReport
 
@@ -36,7 +38,11 @@ Examples:
 @click.option("--batch", type=int, help="Most rows at once.")
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
 @click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
-@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [64].")
+@click.option(
+    "--calibration-windows",
+    type=int,
+    help=f"Windows of {CALIBRATION_LENGTH} tokens of it [{CALIBRATION_WINDOWS}].",
+)
 @click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
 @click.option("--eval-text", metavar="FILE", help="Measure the exported graph's quality on it.")
 @click.option("--max-ppl-increase", metavar="10%", help="Refuse a bundle that lost more.")
@@ -142,10 +148,10 @@ def _show_report(report: ExportReport) -> None:
     _show_transforms(report.transforms)
     if report.verification is None:
         click.echo("not verified (--no-verify)")
-        return
-    from edgeattn.cli.tables import print_verification
+    else:
+        from edgeattn.cli.tables import print_verification
 
-    print_verification(report.verification.to_dict())
+        print_verification(report.verification.to_dict())
     if report.quality is not None:
         found = report.quality
         click.echo(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
+
 if TYPE_CHECKING:
     from edgeattn.pipeline import QuantizeReport
 
@@ -36,7 +38,11 @@ Examples:
     "once more, as a bundle in that dtype does].",
 )
 @click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
-@click.option("--calibration-windows", type=int, help="Windows of 512 tokens of it [64].")
+@click.option(
+    "--calibration-windows",
+    type=int,
+    help=f"Windows of {CALIBRATION_LENGTH} tokens of it [{CALIBRATION_WINDOWS}].",
+)
 @click.option("--rotations", metavar="FILE", help="Learned rotations to use again.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace an earlier copy that is already there.")

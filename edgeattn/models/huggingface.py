@@ -22,8 +22,8 @@ ACTIVATIONS = {
 _LONGROPE = ("longrope", "su")
 
 
-# Widths that floats are computed from.
-_LARGEST_INTEGER = 2**53
+# Of widths that floats are computed from.
+_LARGEST_WIDTH = 2**53
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -39,12 +39,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     family = find_family(config.get("model_type"))
     _refuse_unsupported(family, config)
     heads = _integer(config, "num_attention_heads")
-    hidden = _integer(config, "hidden_size")
-    head_dim = _integer(config, "head_dim", hidden // max(heads, 1))
+    hidden = _width(config, "hidden_size")
+    head_dim = _width(config, "head_dim", hidden // max(heads, 1))
     num_layers = _integer(config, "num_hidden_layers")
-    for key, value in (("head_dim", head_dim), ("hidden_size", hidden)):
-        if abs(value) > _LARGEST_INTEGER and (key == "head_dim" or family.scaled_embedding):
-            raise _wrong_type(key, "beyond any float", "an integer")
     return ModelShape(
         family=family.name,
         num_layers=num_layers,
@@ -244,6 +241,13 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong_type(key, value, "an integer")
+    return value
+
+
+def _width(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _integer(config, key, default)
+    if abs(value) > _LARGEST_WIDTH:
+        raise _wrong_type(key, value, "an integer up to 2^53")
     return value
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch import Tensor
 from edgeattn.bundle.bundle import ROTATIONS
 from edgeattn.calibration.sensitivity import Trial, choose_kept, measure_sensitivity
 from edgeattn.calibration.store import LayerStore
-from edgeattn.errors import UsageError
+from edgeattn.calibration.work import WorkFolder
 from edgeattn.models.model import Model
 from edgeattn.models.stream import Head, final_hidden
 from edgeattn.pipeline.clock import Clock
+from edgeattn.quant.hadamard import hadamard_factors
 from edgeattn.quant.scheme import Scheme
+from edgeattn.shape import ModelShape
 from edgeattn.transforms.calibrate import quantize_on_text
 from edgeattn.transforms.rotate import (
     Rotations,
@@ -27,12 +29,16 @@ from edgeattn.transforms.rotate import (
     rotate,
 )
 
+if TYPE_CHECKING:
+    from edgeattn.transforms.learn import LearnReport
+
 # Tokens on which a rotated model is compared with the original one.
 _EQUIVALENCE_LENGTH = 64
 # Windows on which rotation=auto compares the quantised models.
 _AUTO_WINDOWS = 8
-# Trials shown in the report.
-_SHOWN_TRIALS = 20
+# In the notes, as the papers call them.
+_R3 = "R3, at run time, of queries and keys"
+_R4 = "R4, at run time before down_proj"
 
 
 @dataclass(frozen=True)
@@ -61,60 +67,71 @@ class CalibratedQuantizer:
         Args:
             model: in floating point.
             rotations_file: learned rotations to use instead of the scheme's own.
+
+        Raises:
+            EdgeattnError: unfinished work of another command, or what cannot be quantised.
         """
+        WorkFolder(self.work, self.made_from)  # before anything is done that it would not let go on
         if self.scheme.rotation == "auto":
             return self._better_of_two(model, rotations_file)
-        return self._quantize(model, self._rotations(model, rotations_file), "layers")
+        return self._quantize(model, self._rotations(model, rotations_file))
 
     def _rotations(
         self, model: Model, rotations_file: Path | None
     ) -> tuple[Rotations, dict[str, Any]] | None:
         scheme, shape = self.scheme, model.shape
         if scheme.rotation == "none":
-            if rotations_file is not None:
-                raise UsageError(
-                    expected="a scheme that rotates, to use --rotations",
-                    came=f"scheme {scheme.label} does not",
-                    todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
-                )
             return None
         start = hadamard_rotations(shape, online=scheme.online)
-        notes: dict[str, Any] = {"kind": "randomised Hadamard", "residual_width": shape.hidden_size}
-        if start.down is not None:
-            blocks = start.down.blocks
-            notes["online"] = f"Hadamard of {shape.intermediate_size} before down_proj, " + (
-                "full" if blocks == 1 else f"in {blocks} blocks, as no full one is known"
-            )
+        online = {} if start.down is None else {_R4: start.down.description}
         if rotations_file is not None:
-            from edgeattn.transforms.rotations_file import load_rotations
-
-            loaded = load_rotations(rotations_file, shape)
-            return replace(loaded, down=start.down), {**notes, "kind": str(rotations_file.name)}
+            rotations, notes = self._loaded(rotations_file, shape)
+            return replace(rotations, down=start.down), {**notes, **online}
+        widths = {
+            "R1, of the residual stream": hadamard_factors(shape.hidden_size).description,
+            "R2, of each head's values": hadamard_factors(shape.head_dim).description,
+        }
         if scheme.rotation != "learned":
-            return start, notes
+            return start, {"kind": "randomised Hadamard", **widths, **online}
+        learned, report = self._learned(model, start)
+        starts = {name: f"learned from a {width}" for name, width in widths.items()}
+        return learned, {"kind": "learned", **starts, **online, **report.to_dict()}
+
+    def _loaded(self, file: Path, shape: ModelShape) -> tuple[Rotations, dict[str, Any]]:
+        from edgeattn.transforms.rotations_file import load_rotations
+
+        rotations, noted = load_rotations(file, shape)
+        notes = {"kind": file.name}
+        if noted.get("checkpoint") != self.made_from["checkpoint"]:
+            known = "another checkpoint than this one"
+            notes["learned on"] = known if "checkpoint" in noted else "the file does not say what"
+        return rotations, notes
+
+    def _learned(self, model: Model, start: Rotations) -> tuple[Rotations, LearnReport]:
         from edgeattn.transforms.learn import learn_rotations
         from edgeattn.transforms.rotations_file import save_rotations
 
         self.clock.start("learning rotations")
+        WorkFolder(self.work, self.made_from).begin()
         learned, report = learn_rotations(
             model,
-            scheme,
+            self.scheme,
             self.windows,
             start,
-            steps=scheme.steps,
-            objective=scheme.objective,
+            steps=self.scheme.steps,
+            objective=self.scheme.objective,
             device="cuda" if torch.cuda.is_available() else "cpu",
-            state_file=self._folder() / "learning.safetensors",
+            state_file=self.work / "learning.safetensors",
             made_from=self.made_from,
             progress=self.clock.count,
         )
-        save_rotations(self._folder() / ROTATIONS, learned, self.made_from)
-        return learned, {**notes, "kind": "learned", **report.to_dict()}
+        save_rotations(self.work / ROTATIONS, learned, self.made_from)
+        return learned, report
 
     def _quantize(
-        self, model: Model, rotating: tuple[Rotations, dict[str, Any]] | None, folder: str
+        self, model: Model, rotating: tuple[Rotations, dict[str, Any]] | None, part: str = "layers"
     ) -> tuple[Model, dict[str, Any]]:
-        store = LayerStore(self.work / folder, self.made_from)
+        store = LayerStore(self.work, self.made_from, part)
         notes: dict[str, Any] = {}
         basis: Callable[[frozenset[str]], Model] = lambda kept: model  # noqa: E731
         if rotating is not None:
@@ -133,9 +150,7 @@ class CalibratedQuantizer:
                 "linears": f"{len(kept)} of {linears}",
                 **{name: "" for name in sorted(kept)},
             }
-            notes["sensitivity (nats)"] = {
-                ", ".join(trial.linears): trial.increase for trial in trials[:_SHOWN_TRIALS]
-            }
+            notes["sensitivity (nats)"] = {", ".join(t.linears): t.increase for t in trials}
         self.clock.start("quantising layer by layer")
         quantized = quantize_on_text(
             basis(kept),
@@ -185,18 +200,13 @@ class CalibratedQuantizer:
         perplexity = {f"perplexity {name}": value for name, value in perplexities.items()}
         return found, {"rotation=auto": {"chosen": chosen, **perplexity}, **notes}
 
-    def _folder(self) -> Path:
-        self.work.mkdir(parents=True, exist_ok=True)
-        return self.work
-
 
 def _about_caches(model: Model) -> dict[str, Any]:
     """Notes on caches that all have one form."""
     rotation = next(iter(model.caches.values())).rotation
     keys, values = zip(*(cache.scales for cache in model.caches.values()), strict=True)
-    rotated = "no" if rotation is None else f"Hadamard of {rotation.size} at run time"
     return {
-        "queries and keys rotated": rotated,
+        _R3: "none" if rotation is None else rotation.description,
         "key scales": f"{min(keys):.3g} to {max(keys):.3g}",
         "value scales": f"{min(values):.3g} to {max(values):.3g}",
     }

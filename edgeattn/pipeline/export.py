@@ -19,14 +19,19 @@ from edgeattn.pipeline.transform import (
     open_checked,
     proof_tokens,
     require_export_extra,
-    require_texts,
+    require_inputs,
     transform,
 )
+from edgeattn.pipeline.work import open_work
 from edgeattn.planner.estimate import Estimate, estimate
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
+from edgeattn.text_file import read_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.hub import Outline
@@ -131,7 +136,7 @@ def plan_export(
 
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
-    require_texts(recipe)
+    require_inputs(recipe)
     return _plan(recipe, lowering, read_outline(model, offline=offline), target, output, verify)
 
 
@@ -157,21 +162,26 @@ def export(
         progress: called with (stage, done, total).
 
     Raises:
-        EdgeattnError: a refusal (nothing is written) or a failed proof (nothing is left behind).
+        EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; layers that
+            were finished on a calibration text wait beside it, and the error notes where.
     """
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
-    require_texts(recipe)
+    require_inputs(recipe)
     require_export_extra()
     clock = Clock(progress)
-    with rare_collections(), open_writer(output, force=force) as writer:
+    with (
+        rare_collections(),
+        open_writer(output, force=force) as writer,
+        open_work(output, lowering.scheme) as work,
+    ):
         checkpoint, fitted = open_checked(
             model,
             lambda found: _fitting(_plan(recipe, lowering, found, target, output, verify), output),
             clock,
             offline=offline,
         )
-        return _export(checkpoint, recipe, target, fitted, writer, output, verify, clock)
+        return _export(checkpoint, recipe, target, fitted, writer, output, work, verify, clock)
 
 
 def _plan(
@@ -192,6 +202,7 @@ def _plan(
         verify=verify,
         tensorrt=is_available(),
         calibration_windows=recipe.calibration_windows,
+        learns=recipe.rotations is None,
     )
     place = Path(os.path.abspath(output))
     while not place.exists():
@@ -217,6 +228,7 @@ def _export(
     lowering: Lowering,
     writer: BundleWriter,
     output: Path,
+    work: Path,
     verify: bool,
     clock: Clock,
 ) -> ExportReport:
@@ -224,7 +236,8 @@ def _export(
     from edgeattn.verify.verify import prove
 
     tokens = proof_tokens(checkpoint)
-    transformed = transform(checkpoint, recipe, lowering, work_folder(output), clock)
+    windows = _eval_windows(checkpoint, recipe, lowering)
+    transformed = transform(checkpoint, recipe, lowering, work, clock)
     model = transformed.model
     clock.start("writing the graph")
     graph = export_graph(
@@ -236,8 +249,8 @@ def _export(
     )
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_text_files(writer, checkpoint, lowering)
-    learned = work_folder(output) / layout.ROTATIONS
-    if learned.exists():  # for --rotations of a later command
+    learned = work / layout.ROTATIONS
+    if lowering.scheme.rotation == "learned" and learned.exists():  # for a later --rotations
         writer.write(layout.ROTATIONS, learned.read_bytes())
     verification = None
     if verify:
@@ -250,7 +263,11 @@ def _export(
             tokens=tokens,
             progress=clock.progress,
         )
-    quality = _quality(checkpoint, recipe, lowering, writer.path / layout.MODEL, clock)
+    quality = None
+    if windows is not None:
+        clock.start("measuring quality")
+        model_file = writer.path / layout.MODEL
+        quality = _quality(checkpoint, recipe, lowering, model_file, windows, clock)
     clock.stop()
     notes = transformed.notes
     report = ExportReport(output, lowering, graph, verification, quality, notes, clock.seconds)
@@ -258,36 +275,40 @@ def _export(
     shape = replace(checkpoint.shape, tied_embeddings=model.shape.tied_embeddings)
     write_manifest(writer, checkpoint, recipe, target, report, shape)
     writer.commit()
-    shutil.rmtree(work_folder(output), ignore_errors=True)
     return report
 
 
-def _quality(
-    checkpoint: Checkpoint, recipe: Recipe, lowering: Lowering, model_file: Path, clock: Clock
-) -> Quality | None:
-    """Quality on the recipe's text, within its budget where it names one."""
-    from edgeattn.calibration.windows import read_text
-    from edgeattn.models.model import model_of
-    from edgeattn.verify.quality import check_budget, eval_windows, measure_quality, parse_budget
+def _eval_windows(
+    checkpoint: Checkpoint, recipe: Recipe, lowering: Lowering
+) -> NDArray[np.int64] | None:
+    """Windows of the recipe's evaluation text; read first, so that one too short is no work."""
+    from edgeattn.verify.quality import eval_windows
 
     if recipe.eval_text is None:
         return None
-    clock.start("measuring quality")
-    windows = eval_windows(
+    return eval_windows(
         read_text(Path(recipe.eval_text)),
         checkpoint.text.get(layout.TOKENIZER),
         windows=EVAL_WINDOWS,
         length=min(EVAL_LENGTH, lowering.context or checkpoint.shape.max_context),
     )
+
+
+def _quality(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    lowering: Lowering,
+    model_file: Path,
+    windows: NDArray[np.int64],
+    clock: Clock,
+) -> Quality:
+    """Quality on windows of a text, within the recipe's budget where it names one."""
+    from edgeattn.models.model import model_of
+    from edgeattn.verify.quality import check_budget, measure_quality, parse_budget
+
     quality = measure_quality(
         model_of(checkpoint), model_file, lowering, windows, progress=clock.count
     )
     if recipe.max_ppl_increase is not None:
         check_budget(quality, parse_budget(recipe.max_ppl_increase))
     return quality
-
-
-def work_folder(output: Path) -> Path:
-    """Where finished layers wait for the rest, beside the bundle; gone once that appears."""
-    place = Path(os.path.abspath(output))
-    return place.with_name(f".{place.name}.layers")

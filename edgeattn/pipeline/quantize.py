@@ -22,8 +22,9 @@ from edgeattn.bundle.writer import BundleWriter, Kind, open_writer
 from edgeattn.devices.registry import parse_target
 from edgeattn.errors import BundleError, LoweringError, MissingDependencyError
 from edgeattn.pipeline.clock import Clock, Progress
-from edgeattn.pipeline.export import work_folder
-from edgeattn.pipeline.transform import Transformed, open_checked, require_texts, transform
+from edgeattn.pipeline.transform import Transformed, open_checked, require_inputs, transform
+from edgeattn.pipeline.work import open_work
+from edgeattn.planner.calibration import work_bytes
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.quant.scheme import Scheme
 from edgeattn.recipe import Recipe
@@ -114,23 +115,26 @@ def quantize_checkpoint(
         progress: called with (stage, done, total).
 
     Raises:
-        EdgeattnError: a refusal; nothing is written but finished layers to go on from.
+        EdgeattnError: a refusal. No part of a copy is left behind; layers that were finished on a
+            calibration text wait beside it, and the error notes where.
     """
     lowering = _lowering(recipe)
-    require_texts(recipe)
+    require_inputs(recipe)
     _require_torch()
     clock = Clock(progress)
-    with open_writer(output, force=force, kind=CHECKPOINT) as writer:
+    with (
+        open_writer(output, force=force, kind=CHECKPOINT) as writer,
+        open_work(output, lowering.scheme) as work,
+    ):
         checkpoint, _ = open_checked(
             model,
             lambda outline: _check(lowering, outline.shape, output),
             clock,
             offline=offline,
         )
-        transformed = transform(checkpoint, recipe, lowering, work_folder(output), clock)
-        report = _write(writer, checkpoint, transformed, lowering, output, clock)
+        transformed = transform(checkpoint, recipe, lowering, work, clock)
+        report = _write(writer, checkpoint, transformed, lowering, output, work, clock)
         writer.commit()
-    shutil.rmtree(work_folder(output), ignore_errors=True)
     return report
 
 
@@ -168,6 +172,7 @@ def _check(lowering: Lowering, shape: ModelShape, output: Path) -> None:
     written = shape if lowering.scheme.rotation == "none" else untied
     size = 4 if lowering.dtype == "fp32" else 2
     needed = size * sum(math.prod(sizes) for sizes in parameter_names(written).values())
+    needed += work_bytes(shape, lowering.scheme, size)
     place = Path(os.path.abspath(output)).parent
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -184,6 +189,7 @@ def _write(
     transformed: Transformed,
     lowering: Lowering,
     output: Path,
+    work: Path,
     clock: Clock,
 ) -> QuantizeReport:
     from edgeattn.models.hf_writer import checkpoint_config, write_weights
@@ -195,7 +201,7 @@ def _write(
     for name, content in checkpoint.text.items():
         writer.write(name, content)
     writer.write(layout.CONFIG, _json(checkpoint_config(checkpoint.config, model.shape, dtype)))
-    learned = work_folder(output) / layout.ROTATIONS
+    learned = work / layout.ROTATIONS
     if lowering.scheme.rotation == "learned" and learned.exists():
         writer.write(layout.ROTATIONS, learned.read_bytes())
     if checkpoint.generation_config:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
 from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
-from edgeattn.recipe import Recipe
+from edgeattn.recipe import CALIBRATION_LENGTH, Recipe
+from edgeattn.text_file import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.hub import Outline
     from edgeattn.models.model import Model
-
-CALIBRATION_LENGTH = 512
 
 _Found = TypeVar("_Found")
 
@@ -60,11 +61,12 @@ def open_checked(
     return checkpoint, check(Outline.of(checkpoint))
 
 
-def require_texts(recipe: Recipe) -> None:
-    """Refuses a recipe without the texts it needs, before any work.
+def require_inputs(recipe: Recipe) -> None:
+    """Refuses a recipe whose texts are missing or not readable, or have no use, before any work.
 
     Raises:
         UsageError: saying what to pass.
+        RuntimeInputError: a text that is not there, is no UTF-8, or empty.
     """
     if recipe.max_ppl_increase is not None:
         from edgeattn.verify.quality import parse_budget
@@ -89,6 +91,16 @@ def require_texts(recipe: Recipe) -> None:
             todo="pass --calibration FILE, plain text of the kind the model will read "
             f"({recipe.calibration_windows} windows of {CALIBRATION_LENGTH} tokens)",
         )
+    if recipe.rotations is not None and recipe.scheme.rotation == "none":
+        raise UsageError(
+            expected="a scheme that rotates, to use --rotations",
+            came=f"scheme {recipe.scheme.label} does not",
+            todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
+        )
+    calibration = recipe.calibration if recipe.scheme.needs_calibration else None
+    for text in (calibration, recipe.eval_text):
+        if text is not None:
+            read_text(Path(text))
 
 
 def transform(
@@ -119,8 +131,15 @@ def transform(
         model, notes = _on_text(checkpoint, model, recipe, lowering, work, clock)
     else:
         model = quantize(model, scheme, scale_dtype=scale_dtype)
+    if scheme.weight_bits:
+        notes = {**_quantized_before(checkpoint), **notes}
     if lowering.attention == "group-query":
         model = fuse_projections(model)
+        if not model.shape.fused:
+            notes["projections"] = (
+                "not stacked (q, k and v; gate and up), as some of them are kept at higher "
+                "precision: decoding is a little slower"
+            )
     return Transformed(model, notes)
 
 
@@ -135,12 +154,14 @@ def _on_text(
     from edgeattn.models.model import TORCH_DTYPES
     from edgeattn.pipeline.calibrated import CalibratedQuantizer
 
-    windows, about = calibration_windows(checkpoint, recipe)
+    windows, about = calibration_windows(checkpoint, recipe, lowering.context)
     made_from = {
+        "edgeattn": __version__,
         "checkpoint": checkpoint.identity["fingerprint"],
         # In full: defaults may be others in another release.
         "scheme": lowering.scheme.to_dict(),
         "dtype": lowering.dtype,
+        "context": lowering.context,
         "rotations": _sha256(recipe.rotations),
         **about,
     }
@@ -149,7 +170,7 @@ def _on_text(
     )
     rotations = Path(recipe.rotations) if recipe.rotations else None
     model, notes = quantizer.run(model, rotations)
-    return model, {**_quantized_before(checkpoint), "calibration": about, **notes}
+    return model, {"calibration": about, **notes}
 
 
 def _sha256(file: str | None) -> str | None:
@@ -173,23 +194,31 @@ def _quantized_before(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:
+def calibration_windows(
+    checkpoint: Checkpoint, recipe: Recipe, context: int | None
+) -> tuple[Tensor, dict[str, Any]]:
     """The token windows of the recipe's calibration text, and what to note of it.
 
+    Args:
+        checkpoint: with the tokenizer.
+        recipe: names the text and the number of windows.
+        context: no window is longer; None takes the checkpoint's own.
+
     Raises:
-        UsageError: there is no text, or it is not readable.
+        UsageError: there is no text.
+        RuntimeInputError: it is not readable, or too short.
         CheckpointError: the checkpoint has no tokenizer.
     """
-    from edgeattn.calibration.windows import read_text, text_sha256, token_windows
+    from edgeattn.calibration.windows import text_sha256, token_windows
 
-    require_texts(recipe)
+    require_inputs(recipe)
     assert recipe.calibration is not None
     text = read_text(Path(recipe.calibration))
     windows = token_windows(
         text,
         checkpoint.text.get(layout.TOKENIZER),
         windows=recipe.calibration_windows,
-        length=min(CALIBRATION_LENGTH, checkpoint.shape.max_context),
+        length=window_length(checkpoint.shape, context),
         vocab_size=checkpoint.shape.vocab_size,
     )
     return windows, {

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgeattn.planner.calibration import calibration_bytes, calibration_seconds
+from edgeattn.planner.calibration import (
+    calibration_bytes,
+    calibration_seconds,
+    learning_bytes,
+    window_length,
+    work_bytes,
+)
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import (
     DTYPE_BYTES,
@@ -69,7 +75,7 @@ class Estimate:
     Attributes:
         weight_bytes: the weights file.
         graph_bytes: model.onnx.
-        disk_bytes: the whole bundle.
+        disk_bytes: the whole bundle, and finished layers beside it until it is there.
         memory_bytes: resident at the peak of the largest process.
         cache_bytes_per_token: keys and values of one token, over all layers.
         cache_bytes: the whole cache, at `context` tokens in each of `batch` rows.
@@ -102,6 +108,7 @@ def estimate(
     verify: bool = True,
     tensorrt: bool = False,
     calibration_windows: int = 0,
+    learns: bool = True,
 ) -> Estimate:
     """What exporting a model of `shape` takes.
 
@@ -112,21 +119,25 @@ def estimate(
         verify: whether the bundle is proven.
         tensorrt: whether TensorRT-RTX is there to build it.
         calibration_windows: of the text, for a scheme that needs one.
+        learns: learned rotations are not given in a file.
     """
     tensorrt = tensorrt and verify and lowering.rtx_sm is not None
     scheme = lowering.scheme
     seconds = _seconds(shape, lowering, verify=verify, tensorrt=tensorrt)
     memory = _memory(shape, lowering, verify=verify, tensorrt=tensorrt)
     if scheme.needs_calibration:
-        seconds.update(calibration_seconds(shape, scheme, calibration_windows))
+        text = (calibration_windows, window_length(shape, lowering.context))
+        seconds.update(calibration_seconds(shape, scheme, *text, learns=learns))
         table = 13 * shape.vocab_size * shape.hidden_size
-        streams = calibration_bytes(shape, scheme, calibration_windows)
-        memory = max(memory, _BASE_MEMORY + table + streams)
+        streams = calibration_bytes(shape, scheme, *text)
+        learning = learning_bytes(shape, text[1]) if "learning" in seconds else 0
+        memory = max(memory, _BASE_MEMORY + max(table + streams, learning))
     context = lowering.context or shape.max_context
     per_token = cache_bytes_per_token(shape, lowering)
     weights = weight_file_bytes(shape, lowering)
     graph = graph_bytes(shape, lowering)
     disk = weights + graph + text_bytes + _SMALL_BYTES
+    disk += work_bytes(shape, scheme, DTYPE_BYTES[lowering.dtype])
     if verify:
         disk += golden_bytes(shape, lowering)
         disk += _REPORT_BYTES + _REPORT_BLOCK_BYTES * shape.num_layers

@@ -164,6 +164,21 @@ def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
             came=f"family {shape.family} normalises what they give: no rotation commutes with it",
             todo="choose a scheme without rotation, such as w4a16-gptq",
         )
+    for what, width in _rotated_widths(scheme, shape).items():
+        if width % 2:
+            raise LoweringError(
+                expected=f"an even {what}, which scheme {scheme.label} rotates",
+                came=f"it is {width}",
+                todo="choose a scheme without rotation, such as w4a16-gptq",
+            )
+
+
+def _rotated_widths(scheme: Scheme, shape: ModelShape) -> dict[str, int]:
+    """Widths a Hadamard matrix is needed for, at least in blocks."""
+    if scheme.rotation == "none":
+        return {}
+    online = {"intermediate size": shape.intermediate_size} if scheme.online else {}
+    return {"hidden size": shape.hidden_size, "head_dim": shape.head_dim, **online}
 
 
 def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> Lowering:

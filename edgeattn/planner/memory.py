@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgeattn.planner.lowering import Lowering
-from edgeattn.quant.scheme import WeightFormat
+from edgeattn.quant.scheme import INT8_PER_CHANNEL, WeightFormat
 from edgeattn.shape import ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
-    """Bytes of the weights file, page padding left out."""
-    shape, wide = stored_shape(shape, lowering), DTYPE_BYTES[lowering.dtype]
+    """Bytes of the weights file, page padding left out.
+
+    At most, where layers are kept at higher precision: which they are depends on the weights.
+    """
+    kept, wide = _kept_bytes(shape, lowering), DTYPE_BYTES[lowering.dtype]
+    shape = stored_shape(shape, lowering)
     linear = sum(
         matrix_bytes(n, k, lowering.scheme.format_of(name), wide)
         for name, (n, k) in shape.linears().items()
@@ -26,7 +30,17 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
     quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
     quantised += tables * shape.vocab_size * shape.hidden_size
     rest = (shape.num_parameters - quantised) * wide
-    return shape.num_layers * linear + table_bytes + rest + rotary_bytes(shape, lowering)
+    return shape.num_layers * linear + kept + table_bytes + rest + rotary_bytes(shape, lowering)
+
+
+def _kept_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """The most that int8 instead of int4 adds in layers that the scheme keeps."""
+    scheme, wide, more = lowering.scheme, DTYPE_BYTES[lowering.dtype], []
+    for name, (n, k) in shape.linears().items():
+        formats = (INT8_PER_CHANNEL, scheme.format_of(name))
+        kept, plain = (matrix_bytes(n, k, format, wide) for format in formats)
+        more += [max(kept - plain, 0)] * shape.num_layers
+    return sum(sorted(more, reverse=True)[: int(scheme.keep * len(more))])
 
 
 def table_formats(shape: ModelShape, lowering: Lowering) -> list[WeightFormat | None]:

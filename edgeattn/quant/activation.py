@@ -35,4 +35,9 @@ AS_IT_IS = LinearInput()
 
 def round_to_int8(x: Tensor, scale: float) -> Tensor:
     """DequantizeLinear(QuantizeLinear(x, scale)) of ONNX with int8 and zero point 0."""
-    return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH).mul_(scale)
+    return int8_steps(x, scale).mul_(scale)
+
+
+def int8_steps(x: Tensor, scale: float) -> Tensor:
+    """QuantizeLinear(x, scale) of ONNX with zero point 0: the integers, in the dtype of x."""
+    return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from edgeattn.quant.scheme import WeightFormat
+from edgeattn.quant.scheme import Clip, WeightFormat
 from edgeattn.quant.threads import for_each
 
 # Scales tried by the clipping search, as fractions of the one that maps the largest weight to the
@@ -44,7 +43,7 @@ def quantize_symmetric(
     weight: Tensor,
     format: WeightFormat,
     *,
-    clip: Literal["mse", "max"],
+    clip: Clip,
     scale_dtype: torch.dtype = torch.float32,
 ) -> QuantizedTensor:
     """Round-to-nearest quantisation.
@@ -79,7 +78,7 @@ def choose_scale(
     groups: Tensor,
     format: WeightFormat,
     *,
-    clip: Literal["mse", "max"],
+    clip: Clip,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """One positive scale per row of `groups` `[n, group]` fp32, as `[n, 1]` in `scale_dtype`.

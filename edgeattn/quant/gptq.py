@@ -22,7 +22,8 @@ from torch import Tensor
 
 from edgeattn.errors import CheckpointError, LoweringError, RuntimeInputError
 from edgeattn.quant.affine import QuantizedTensor, choose_scale
-from edgeattn.quant.scheme import WeightFormat
+from edgeattn.quant.observer import not_finite
+from edgeattn.quant.scheme import Clip, WeightFormat
 from edgeattn.quant.threads import for_each
 
 # Columns whose errors reach the later ones by one matrix product, where no group says how many.
@@ -74,13 +75,8 @@ class Hessian:
             # A square that is not finite shows on the diagonal, and nothing on it cancels.
             bad = int(product.diagonal().isfinite().logical_not().sum())
             if bad:
-                raise RuntimeInputError(
-                    expected="finite inputs of a linear layer, to calibrate",
-                    came=f"{bad} of {chunk.shape[1]} channels hold NaN, infinity or numbers whose "
-                    "squares overflow",
-                    todo="check that the model gives finite results in fp32 on the calibration "
-                    "text",
-                )
+                channels = f"{bad} of {chunk.shape[1]} channels"
+                raise not_finite(f"{channels} hold NaN, infinity or numbers whose squares overflow")
             self._sum += product
             self.tokens += len(chunk)
 
@@ -105,7 +101,7 @@ def gptq(
     hessian: Tensor,
     format: WeightFormat,
     *,
-    clip: Literal["mse", "max"],
+    clip: Clip,
     scale_dtype: torch.dtype = torch.float32,
     damp: float = 0.01,
     act_order: bool = False,
@@ -270,7 +266,7 @@ def damped_cholesky(hessian: Tensor, damp: float) -> Tensor:
 
 def _scale_search(
     format: WeightFormat,
-    clip: Literal["mse", "max"],
+    clip: Clip,
     scale_dtype: torch.dtype,
     weights: Tensor | None,
 ) -> _ScaleSearch:

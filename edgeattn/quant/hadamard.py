@@ -46,6 +46,12 @@ class HadamardFactors:
         """Whether every output depends on every input."""
         return self.blocks == 1
 
+    @property
+    def description(self) -> str:
+        """What is rotated together, for reports."""
+        how = ", full" if self.full else f" in {self.blocks} blocks, as no full one is known"
+        return f"Hadamard of {self.size}{how}"
+
 
 def hadamard(n: int) -> Tensor:
     """A symmetric Hadamard matrix, `[n, n]` fp64.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgeattn.quant.activation import INT8_HIGH, INT8_LOW
+from edgeattn.quant.activation import int8_steps
 from edgeattn.quant.hadamard import HadamardFactors, transform
 
 
@@ -38,4 +38,4 @@ class Int8Cache:
 
 def to_int8(x: Tensor, scale: float) -> Tensor:
     """QuantizeLinear(x, scale) of ONNX with zero point 0, int8."""
-    return (x / scale).round_().clamp_(INT8_LOW, INT8_HIGH).to(torch.int8)
+    return int8_steps(x, scale).to(torch.int8)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from edgeattn.errors import RuntimeInputError
 from edgeattn.quant.activation import INT8_HIGH
-
-Clip = Literal["max", "mse"]
+from edgeattn.quant.scheme import Clip
 
 _BINS = 4096
 # torch counts in fp32: beyond 2^24 in one bin a further number would add nothing.
@@ -38,11 +36,7 @@ class Observer:
         """
         largest = float(x.abs().amax()) if x.numel() else 0.0
         if not math.isfinite(largest):
-            raise RuntimeInputError(
-                expected="finite inputs of a linear layer, to calibrate",
-                came="some are NaN or infinite",
-                todo="check that the model gives finite results in fp32 on the calibration text",
-            )
+            raise not_finite("some are NaN or infinite")
         if largest == 0:
             self._counts[0] += x.numel()
             return
@@ -82,3 +76,16 @@ class Observer:
         rounded = (values / scales).round().clamp(max=INT8_HIGH) * scales
         errors = ((rounded - values).square() * self._counts[seen]).sum(1)
         return float(_SHARES[errors.argmin()])
+
+
+def not_finite(came: str) -> RuntimeInputError:
+    """The error for activations that tell nothing of how to quantise.
+
+    Args:
+        came: what is wrong with them, as a clause.
+    """
+    return RuntimeInputError(
+        expected="finite activations, to calibrate on",
+        came=came,
+        todo="check that the model gives finite results in fp32 on the calibration text",
+    )

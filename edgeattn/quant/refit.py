@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.quant.gptq import damped_cholesky
+from edgeattn.quant.observer import not_finite
 
 # Share of the tokens that come at once.
 _HELD_OUT = 0.25
@@ -109,12 +109,7 @@ class _Sums:
         for x, y in zip(_chunks(exact), _chunks(seen), strict=True):
             hessian, cross = y.T @ y, x.T @ y
             if not (hessian.sum() + cross.sum()).isfinite():
-                raise RuntimeInputError(
-                    expected="finite inputs of a linear layer, to calibrate",
-                    came="some hold NaN, infinity or numbers whose squares overflow",
-                    todo="check that the model gives finite results in fp32 on the calibration "
-                    "text",
-                )
+                raise not_finite("some hold NaN, infinity or numbers whose squares overflow")
             self.hessian += hessian
             self.cross += cross
             self.tokens += len(y)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edgeattn.errors import UsageError, unknown_name
 
 GROUP_SIZES = (32, 64, 128)
+# A scale that clips nothing, or the one of least squared error.
+Clip = Literal["max", "mse"]
+Rotation = Literal["hadamard", "auto", "none", "learned"]
+# KL(original network || rotated and quantised one), or cross-entropy of the text's next token.
+# The second also draws the network towards the text: with a model of 260 thousand parameters and a
+# novel unlike its own stories, it fell below that of the unrounded network, while KL behind GPTQ
+# rose from 0.112 to 0.126. Learned by KL, it fell to 0.101, and by a tenth on its own stories, too.
+Objective = Literal["kl", "cross-entropy"]
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,18 @@ class Scheme:
     down_proj: WeightFormat | None = None
     embedding: WeightFormat | None = None
     small_head: bool = False
-    clip: Literal["mse", "max"] = "mse"
+    clip: Clip = "mse"
     method: Literal["rtn", "gptq"] = "rtn"
     act_order: bool = False
     refit: bool = False
-    rotation: Literal["none", "hadamard", "learned", "auto"] = "none"
+    rotation: Rotation = "none"
     online: bool = False
     activation_bits: Literal[8] | None = None
-    range: Literal["max", "mse"] = "max"
+    range: Clip = "max"
     kv_bits: Literal[8] | None = None
     keep: float = 0.0
     steps: int = 0
-    objective: Literal["kl", "cross-entropy"] = "kl"
+    objective: Objective = "kl"
     options: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
@@ -201,6 +209,12 @@ def parse_scheme(text: str) -> Scheme:
     changes = [
         k for k in scheme.options if k in given and _OPTIONS[k](default, given[k]) != default
     ]
+    if scheme.rotation == "none" and given.get("online") == "on":
+        raise UsageError(
+            expected="a scheme that rotates its weights, for online=on",
+            came="rotation=none was given",
+            todo="leave out one of the two",
+        )
     # Without a rotation in the weights there is none at run time either.
     online = scheme.online and scheme.rotation != "none"
     settings = tuple(f"{key}={given[key]}" for key in changes)
@@ -242,16 +256,22 @@ def _choice(key: str, field: str, values: Mapping[str, object]) -> Callable[[Sch
     return choose
 
 
+def _names(values: object, *, without: str = "") -> dict[str, str]:
+    """The strings of a Literal, each meaning itself."""
+    return {name: name for name in get_args(values) if name != without}
+
+
 _OPTIONS: Mapping[str, Callable[[Scheme, str], Scheme]] = {
     "group": _with_group,
     "down_proj": _choice("down_proj", "down_proj", {"w4": None, "w8": INT8_PER_CHANNEL}),
     "head": _choice("head", "small_head", {"w4": True, "w8": False}),
     "order": _choice("order", "act_order", {"act": True, "natural": False}),
-    "rotation": _choice("rotation", "rotation", {n: n for n in ("hadamard", "auto", "none")}),
-    "objective": _choice("objective", "objective", {n: n for n in ("kl", "cross-entropy")}),
+    # Learned rotations are a scheme of their own.
+    "rotation": _choice("rotation", "rotation", _names(Rotation, without="learned")),
+    "objective": _choice("objective", "objective", _names(Objective)),
     "refit": _choice("refit", "refit", {"on": True, "off": False}),
     "online": _choice("online", "online", {"on": True, "off": False}),
-    "range": _choice("range", "range", {n: n for n in ("max", "mse")}),
+    "range": _choice("range", "range", _names(Clip)),
     "kv": _choice("kv", "kv_bits", {"int8": 8, "float": None}),
     "keep": _with_keep,
     "steps": _with_steps,

@@ -106,6 +106,7 @@ def consecutive_windows(
     windows: int,
     length: int,
     skip_characters: int,
+    todo: str = "take a longer text, or fewer or shorter windows",
 ) -> NDArray[np.int64]:
     """The first windows of a text, one after the other, `[windows, length]`.
 
@@ -115,6 +116,7 @@ def consecutive_windows(
         windows: how many.
         length: tokens of each.
         skip_characters: left out at the start.
+        todo: what a refusal of a short text advises.
 
     Raises:
         RuntimeInputError: the text is too short.
@@ -127,7 +129,7 @@ def consecutive_windows(
             expected=f"a text of {windows} windows of {length} tokens "
             f"after its first {skip_characters} characters",
             came=f"it has {len(ids)} tokens there, enough for {len(ids) // length} windows",
-            todo="take a longer text, or fewer or shorter windows",
+            todo=todo,
         )
     return np.array(ids[: windows * length], np.int64).reshape(windows, length)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeattn.errors import UsageError
+from edgeattn.calibration.work import write_tensors
+from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.model import Model
-from edgeattn.quant.scheme import Scheme
+from edgeattn.quant.scheme import Objective, Scheme
 from edgeattn.quant.stiefel import CayleySGD, nearest_orthogonal, skew_gradient
-from edgeattn.transforms.rotatable import Objective, RotatableModel
+from edgeattn.transforms.rotatable import RotatableModel
 from edgeattn.transforms.rotate import Rotations
-from edgeattn.transforms.rotations_file import (
-    HEADS,
-    RESIDUAL,
-    read_tensors,
-    stacked,
-    write_tensors,
-)
+from edgeattn.transforms.rotations_file import HEADS, RESIDUAL, read_tensors, stacked
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +35,7 @@ _TOKENS = 1024
 _HELD_SHARE, _MOST_HELD = 8, 8
 # A gradient below this is none.
 _FLAT = 1e-12
+_BEGIN_ANEW = "delete the file, and the same command learns from the beginning"
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,19 @@ class LearnReport:
         return asdict(self)
 
 
+@contextmanager
+def _refusing_a_full_gpu() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeInputError(
+            expected="memory of the GPU for the whole model in fp32, to learn rotations",
+            came="there is too little",
+            todo="set CUDA_VISIBLE_DEVICES= to learn on the CPU; the steps done so far are kept",
+        ) from error
+
+
+@_refusing_a_full_gpu()
 def learn_rotations(
     model: Model,
     scheme: Scheme,
@@ -77,11 +87,11 @@ def learn_rotations(
     start: Rotations,
     *,
     steps: int,
+    objective: Objective,
     state_file: Path,
     made_from: Mapping[str, Any],
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
-    objective: Objective = "cross-entropy",
 ) -> tuple[Rotations, LearnReport]:
     """The rotations with which the fake-quantised model does best on a text.
 
@@ -91,18 +101,19 @@ def learn_rotations(
         windows: token ids `[N, L]`; some are held out to judge the result.
         start: R1 and R2 to start from; R4 stays as it is.
         steps: of the descent.
+        objective: what is made small; see `Objective` for which gives what.
         state_file: written after every step, read by the next call, never removed here.
         made_from: JSON-ready values that say what the result depends on.
         progress: called with (steps done, all steps).
         device: where to compute.
-        objective: what is made small; see `Objective` for which gives what.
 
     Returns:
         The learned rotations in fp64, or `start` where they do no better.
 
     Raises:
-        UsageError: one window only, or a state file of another recipe.
-        RuntimeInputError: a gradient that is not finite.
+        UsageError: one window only, or a state file of another recipe, or a damaged one.
+        RuntimeInputError: a gradient that is not finite, or a GPU with too little memory.
+        BundleError: the disk refuses the state file.
     """
     train, held = _split(windows)
     made_from = {**made_from, "steps": steps, "objective": objective}
@@ -198,11 +209,11 @@ class _Descent:
         """From where a stopped run was, None without one.
 
         Raises:
-            UsageError: the run was of another recipe.
+            UsageError: the run was of another recipe, or the file is damaged.
         """
         if not file.exists():
             return None
-        tensors, metadata = read_tensors(file)
+        tensors, metadata = read_tensors(file, todo=_BEGIN_ANEW)
         if metadata.get("made_from") != json.dumps(made_from, sort_keys=True):
             raise UsageError(
                 expected=f"the unfinished learning in {file} to be of this command",
@@ -210,9 +221,16 @@ class _Descent:
                 todo="delete the file, or run the command it was started with again",
             )
         descent = cls(tensors[RESIDUAL].to(device), list(tensors[HEADS].to(device)))
-        about = json.loads(metadata["about"])
-        descent.losses, descent.seconds = about["losses"], about["seconds"]
-        descent.loss_before = about["loss_before"]
+        try:
+            about = json.loads(metadata["about"])
+            descent.losses, descent.seconds = about["losses"], about["seconds"]
+            descent.loss_before = about["loss_before"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                expected=f"in {file} how far learning came",
+                came="it does not say",
+                todo=_BEGIN_ANEW,
+            ) from error
         return descent
 
     def save(self, file: Path, made_from: Mapping[str, Any]) -> None:

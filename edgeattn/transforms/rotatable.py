@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,15 +25,9 @@ from edgeattn.models.model import Model, load_layer, rounded
 from edgeattn.models.stream import window_inputs
 from edgeattn.quant.activation import INT8_HIGH, INT8_LOW, LinearInput
 from edgeattn.quant.hadamard import HadamardFactors
-from edgeattn.quant.scheme import Scheme, WeightFormat
+from edgeattn.quant.scheme import Objective, Scheme, WeightFormat
 from edgeattn.shape import ModelShape
 from edgeattn.transforms.rotate import Rotations, rotate
-
-# Cross-entropy of the text's next token, or KL(original network || rotated and quantised one).
-# The first also draws the network towards the text: with a model of 260 thousand parameters and a
-# novel unlike its own stories, it fell below that of the unrounded network, while KL behind GPTQ
-# rose from 0.112 to 0.126. Learned by KL, it fell to 0.101, and by a tenth on its own stories, too.
-Objective = Literal["cross-entropy", "kl"]
 
 _READ_RESIDUAL = (*STAGES[0], *STAGES[2])
 _WRITE_RESIDUAL = (*STAGES[1], *STAGES[3])
@@ -54,7 +47,8 @@ class RotatableModel:
     Args:
         model: neither rotated nor quantised.
         scheme: formats of the linear layers, and whether their inputs are rounded; None computes in
-            floating point. What `keep` would leave at a higher precision is rounded like the rest.
+            floating point. What `keep` would leave at a higher precision is rounded like the rest,
+            and a cache that `kv_bits` would make int8 is not rounded.
         down: R4.
         device: where to compute.
     """

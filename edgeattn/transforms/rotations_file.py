@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from edgeattn.calibration.work import write_tensors
 from edgeattn.errors import UsageError
 from edgeattn.shape import ModelShape
 from edgeattn.transforms.rotate import Rotations
@@ -19,6 +19,7 @@ from edgeattn.transforms.rotate import Rotations
 RESIDUAL, HEADS = "residual", "heads"
 # Largest |R Rᵀ - I| of a file; learned rotations are projected to rounding in fp64.
 _LARGEST_ERROR = 1e-6
+_TODO = "pass a file of rotations that were learned for the model"
 
 
 def save_rotations(path: Path, rotations: Rotations, made_from: Mapping[str, Any]) -> None:
@@ -40,22 +41,21 @@ def save_rotations(path: Path, rotations: Rotations, made_from: Mapping[str, Any
     write_tensors(path, tensors, metadata)
 
 
-def load_rotations(path: Path, shape: ModelShape) -> Rotations:
+def load_rotations(path: Path, shape: ModelShape) -> tuple[Rotations, dict[str, Any]]:
     """Reads what `save_rotations` wrote.
 
     Args:
         path: the file.
         shape: of the model that shall be rotated.
 
+    Returns:
+        The rotations, and what is noted of how they were made; nothing in a file without.
+
     Raises:
         UsageError: no such file, not one of rotations, or of another model; or a matrix that is not
             orthogonal.
     """
-    tensors, _ = read_tensors(path)
-    if not {RESIDUAL, HEADS} <= tensors.keys():
-        raise _refusal(
-            f"rotations in {path}", f"it holds {', '.join(sorted(tensors)) or 'nothing'}"
-        )
+    tensors, metadata = read_tensors(path, todo=_TODO)
     residual, heads = tensors[RESIDUAL].double(), tensors[HEADS].double()
     wanted = [shape.hidden_size] * 2, [shape.num_layers, shape.head_dim, shape.head_dim]
     found = list(residual.shape), list(heads.shape)
@@ -70,7 +70,15 @@ def load_rotations(path: Path, shape: ModelShape) -> Rotations:
     error = rotations.orthogonality_error()
     if not error <= _LARGEST_ERROR:
         raise _refusal(f"orthogonal matrices in {path}", f"their products are off by {error:.2g}")
-    return rotations
+    return rotations, _made_from(metadata)
+
+
+def _made_from(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        noted = json.loads(metadata.get("made_from", "{}"))
+    except ValueError:
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def stacked(rotations: Rotations) -> dict[str, Tensor]:
@@ -80,32 +88,32 @@ def stacked(rotations: Rotations) -> dict[str, Tensor]:
     return {RESIDUAL: rotations.residual.contiguous(), HEADS: torch.stack(rotations.heads)}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(dict(tensors), partial, metadata=dict(metadata))
-    partial.replace(path)
+def read_tensors(path: Path, *, todo: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """R1 and R2 by their names, and the metadata of a safetensors file.
 
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    Args:
+        path: the file.
+        todo: what a refusal advises.
 
     Raises:
-        UsageError: there is none, or it does not read.
+        UsageError: there is none, it does not read, or holds something else.
     """
     if not path.is_file():
-        raise _refusal(f"a file {path}", "there is none")
+        raise _refusal(f"a file {path}", "there is none", todo)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            held = set(file.keys())
+            # By their names alone: a whole model passed by mistake is not read.
+            if missing := {RESIDUAL, HEADS} - held:
+                others = len(held - {RESIDUAL, HEADS})
+                came = f"it lacks {' and '.join(sorted(missing))} and holds {others} other tensors"
+                raise _refusal(f"rotations in {path}", came, todo)
+            tensors = {name: file.get_tensor(name) for name in (RESIDUAL, HEADS)}
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise _refusal(f"a safetensors file at {path}", f"it does not read ({error})") from error
+        came = f"it does not read ({error})"
+        raise _refusal(f"a safetensors file at {path}", came, todo) from error
 
 
-def _refusal(expected: str, came: str) -> UsageError:
-    return UsageError(
-        expected=expected,
-        came=came,
-        todo="pass a file of rotations that were learned for the model",
-    )
+def _refusal(expected: str, came: str, todo: str = _TODO) -> UsageError:
+    return UsageError(expected=expected, came=came, todo=todo)

@@ -23,9 +23,8 @@ from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case
 from edgeattn.verify.compare import Comparison
 from edgeattn.verify.drive import Backend
-from edgeattn.verify.measure import sequences
 from edgeattn.verify.reference import REFERENCE_DTYPES, TorchLayers
-from edgeattn.verify.tolerance import allowed_error, plain_runs, rounding_floor, typical_error
+from edgeattn.verify.tolerance import allowed_error, plain_runs, typical_error
 
 # What one layer gives for the tokens of all cases, padding left out: "output" is what it adds to
 # the residual stream `[tokens, hidden]`, "key" and "value" are `[tokens, Hkv, D]`.
@@ -81,21 +80,12 @@ def compare_layers(
         for case in cases
         if not (backend.packed_cache and _is_padded(case))
     ]
-    layers, tokens = TorchLayers(model, lowering), _sequences(recorded)
+    layers = TorchLayers(model, lowering)
     for index in range(shape.num_layers):
-        rows += _compare_layer(layers, index, recorded, tokens, lowering)
+        rows += _compare_layer(layers, index, recorded, lowering)
         if progress:
             progress(index + 1, shape.num_layers)
     return rows
-
-
-def _sequences(recorded: Sequence[_Recorded]) -> NDArray[np.int64]:
-    """For every token of `_Parts` the sequence it belongs to, numbered over all cases."""
-    found, begin = [], 0
-    for run in recorded:
-        found.append(begin + sequences(run.case.steps))
-        begin += len(run.case.steps[0].input_ids)
-    return np.concatenate(found)
 
 
 def _is_padded(case: Case) -> bool:
@@ -121,11 +111,7 @@ def _array(output: Mapping[str, object], name: str) -> NDArray[np.generic]:
 
 
 def _compare_layer(
-    layers: TorchLayers,
-    index: int,
-    recorded: Sequence[_Recorded],
-    tokens: NDArray[np.int64],
-    lowering: Lowering,
+    layers: TorchLayers, index: int, recorded: Sequence[_Recorded], lowering: Lowering
 ) -> list[Comparison]:
     module = layers.load(index)
     found = _of_graph(recorded, index)
@@ -139,12 +125,10 @@ def _compare_layer(
     ]
     rows = []
     for part in _PARTS:
-        error = typical_error(found[part], expected[part], tokens)
-        low = max(typical_error(run[part], expected[part], tokens) for run in plain)
+        error = typical_error(found[part], expected[part])
+        low = max(typical_error(run[part], expected[part]) for run in plain)
         quantized = bool(lowering.scheme.weight_bits)
         allowed = allowed_error(lowering.dtype, low, quantized=quantized)
-        if lowering.scheme.kv_bits is not None and part in ("key", "value"):
-            allowed += rounding_floor(expected[part])
         rows.append(Comparison(f"layer.{index}.{part}", error, low, allowed))
     return rows
 

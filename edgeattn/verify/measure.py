@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeattn.verify.cases import Case, StepInputs
+from edgeattn.verify.cases import Case
 from edgeattn.verify.drive import Tensors
 from edgeattn.verify.tolerance import relative_error, typical_error
 
@@ -52,11 +52,6 @@ def errors(
     }
 
 
-def sequences(steps: Sequence[StepInputs]) -> NDArray[np.int64]:
-    """For every new token of some steps the row of the batch it belongs to, padding left out."""
-    return np.concatenate([np.nonzero(step.new_mask)[0] for step in steps])
-
-
 def _missing(name: str, found: Tensors) -> float:
     return 0.0 if name in found else float("inf")
 
@@ -83,5 +78,5 @@ def _rows(name: str, count: int, cases: Mapping[str, Case]) -> NDArray[np.int64]
     if match is None:  # a cache holds every valid place of its case
         return np.nonzero(case.steps[-1].attention_mask)[0]
     step = case.steps[int(match[2])]
-    rows = sequences([step])
+    rows = np.nonzero(step.new_mask)[0]
     return rows if len(rows) == count else np.nonzero(step.new_mask[:, -1])[0]

@@ -89,6 +89,7 @@ def eval_windows(
         windows=windows,
         length=length,
         skip_characters=skip_characters,
+        todo="pass a longer text",
     )
 
 

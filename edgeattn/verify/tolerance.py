@@ -35,7 +35,9 @@ token may be rounded otherwise in any case: in a narrow model plain torch may me
 
 What is rounded otherwise in one layer is amplified by the next ones, and that error is allowed to
 any graph. So the layers are judged one by one too (`edgeattn.verify.layers`), each on the graph's
-own inputs of it, with plain torch in the bundle's dtype. And small errors may not add up: the mean
+own inputs of it, with plain torch in the bundle's dtype; there all tokens are one sequence, because
+one number of a first token that is rounded otherwise reaches, through the attention, all behind it.
+And small errors may not add up: the mean
 KL of the next token's distribution is at most twice that of plain torch plus 0.01 nats. That bound
 is no fixed 0.01, and none is set on equal most likely tokens, because of checkpoints that such a
 scheme leaves fragile: plain torch in fp16 is itself 0.09 nats from its fp32, with the same most
@@ -104,7 +106,9 @@ def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -
 
 
 def typical_error(
-    value: NDArray[np.floating], reference: NDArray[np.floating], sequences: NDArray[np.integer]
+    value: NDArray[np.floating],
+    reference: NDArray[np.floating],
+    sequences: NDArray[np.integer] | None = None,
 ) -> float:
     """Root mean square difference, relative to the reference's of that token.
 
@@ -114,7 +118,7 @@ def typical_error(
     Args:
         value: `[tokens, ...]`.
         reference: of the same shape.
-        sequences: `[tokens]`, numbers that tell which sequence each token belongs to.
+        sequences: `[tokens]`, numbers that tell which sequence each token belongs to; None for one.
     """
     if (known := _without_measuring(value, reference)) is not None:
         return known
@@ -122,6 +126,8 @@ def typical_error(
     # A token of zeros is right where zeros are found, else wrong without measure.
     errors = np.where(difference > 0, np.inf, 0.0)
     np.divide(difference, size, out=errors, where=size > 0)
+    if sequences is None:
+        sequences = np.zeros(len(errors), np.int64)
     return max(
         float(np.quantile(errors[sequences == sequence], 0.5, method="higher"))
         for sequence in np.unique(sequences)

@@ -25,8 +25,10 @@ from edgeattn.models.decoder import Decoder
 from edgeattn.models.families import FINAL_NORM
 from edgeattn.models.linear import Linear
 from edgeattn.models.model import Model, load_decoder, model_of
+from edgeattn.models.stream import batches
 from edgeattn.quant.activation import LinearInput
 from edgeattn.quant.affine import quantize_symmetric
+from edgeattn.quant.observer import Observer
 from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
 
@@ -93,18 +95,18 @@ def units(scheme: Scheme) -> list[tuple[str, ...]]:
 def brute_force(model: Model, scheme: Scheme, windows: Tensor) -> dict[tuple[str, ...], float]:
     """The increase of the loss by trial, each by a run of the whole decoder."""
     base = loss(model, windows)
-    bounds = largest_inputs(model, windows[: module._BOUND_WINDOWS])
+    scales = input_scales(model, scheme, windows[: module._BOUND_WINDOWS])
     found = {}
     for index in range(model.shape.num_layers):
         for unit in units(scheme):
             names = tuple(f"layers.{index}.{name}.weight" for name in unit)
-            tried = alone_quantized(model, scheme, names, bounds)
+            tried = alone_quantized(model, scheme, names, scales)
             found[names] = loss(tried, windows) - base
     return found
 
 
 def alone_quantized(
-    model: Model, scheme: Scheme, names: tuple[str, ...], bounds: dict[str, float]
+    model: Model, scheme: Scheme, names: tuple[str, ...], scales: dict[str, float]
 ) -> Model:
     def change(name: str, value: Tensor) -> Tensor:
         format = scheme.format_of(name)
@@ -116,7 +118,7 @@ def alone_quantized(
     if scheme.activation_bits is not None:
         for name in names:
             before = reads.get(name, LinearInput())
-            reads[name] = replace(before, scale=bounds[name] / 127)
+            reads[name] = replace(before, scale=scales[name])
     return replace(changed(model, change), reads=reads)
 
 
@@ -128,14 +130,21 @@ def loss(model: Model, windows: Tensor) -> float:
     return float(nn.functional.cross_entropy(found, ids[:, 1:].flatten()))
 
 
-def largest_inputs(model: Model, windows: Tensor) -> dict[str, float]:
-    """The largest number each linear layer's product sees, by the name of its weight."""
+def input_scales(model: Model, scheme: Scheme, windows: Tensor) -> dict[str, float]:
+    """Of what each linear layer's product sees, by the name of its weight."""
     decoder = load_decoder(model, weight_dtype=torch.float32, compute_dtype=torch.float32)
     found: dict[str, float] = {}
 
     def keep(name: str, linear: Linear) -> Callable[..., None]:
         def hook(part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[name] = float(linear.reads(arguments[0]).abs().max())
+            seen = linear.reads(arguments[0])
+            if scheme.range == "max":
+                found[name] = float(seen.abs().max()) / 127
+            else:
+                observer = Observer()
+                for rows in batches(seen):  # the bins depend on what is seen first
+                    observer.add(rows)
+                found[name] = observer.scale(scheme.range)
 
         return hook
 
@@ -146,7 +155,7 @@ def largest_inputs(model: Model, windows: Tensor) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("quant", [*SCHEMES, "w8a8-spinquant:range=max"])
+@pytest.mark.parametrize("quant", [*SCHEMES, "w8a8", "w8a8-spinquant", "w8a8-spinquant:range=max"])
 def test_trials_are_whole_runs_with_one_thing_quantised(
     llama: Model, windows: Tensor, quant: str
 ) -> None:
@@ -194,6 +203,16 @@ def test_a_second_measurement_gives_the_same(llama: Model, windows: Tensor, quan
     assert measure_sensitivity(llama, scheme, windows) == measure_sensitivity(
         llama, scheme, windows
     )
+
+
+def test_inputs_that_stay_as_they_are_are_not_observed(
+    llama: Model, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never() -> None:
+        pytest.fail("inputs were observed")
+
+    monkeypatch.setattr(module, "Observer", never)
+    assert len(measure_sensitivity(llama, parse_scheme("w4a16-gptq:group=32"), windows)) == 21
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

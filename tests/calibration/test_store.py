@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import torch
 
 from edgeattn.calibration import store as module
 from edgeattn.calibration.store import LayerStore, StoredLinear
-from edgeattn.errors import UsageError
+from edgeattn.calibration.work import WorkFolder
+from edgeattn.errors import BundleError, UsageError
 from edgeattn.quant.affine import quantize_symmetric
 from edgeattn.quant.scheme import WeightFormat
 
@@ -126,7 +131,7 @@ def test_layers_made_from_something_else_are_refused(
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -1])
@@ -150,38 +155,94 @@ def test_a_truncated_layer_is_refused(store: LayerStore, tmp_path: Path, left: i
 def test_a_foreign_file_is_refused(store: LayerStore, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
+    (tmp_path / "work").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "work" / "layer-0000.safetensors")
     with pytest.raises(UsageError, match="does not read"):
         store.read(0)
 
 
-def test_nothing_half_written_is_taken_for_a_layer(
-    store: LayerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def full_disk(free: int) -> Iterator[None]:
+    """No file may grow beyond some bytes; the system refuses more as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(
+    store: LayerStore, tmp_path: Path
 ) -> None:
-    """The disk fills up in the middle of a file."""
-    save = module.save_file
-
-    def stops(tensors: Any, path: Path, **options: Any) -> None:
-        save(tensors, path, **options)
-        path.write_bytes(path.read_bytes()[:100])
-        raise OSError("no space left on device")
-
     first = linears()
     store.write(0, first)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", stops)
-        for layer in (0, 1):
-            with pytest.raises(OSError, match="no space"):
-                store.write(layer, linears())
+    before = snapshot(tmp_path / "work")
+    for layer in (0, 1):
+        with full_disk(500), pytest.raises(BundleError, match="the disk refused") as caught:
+            store.write(layer, linears())
+        assert re.fullmatch(
+            r"expected to write .*layer-000\d.safetensors, but the disk refused .*: "
+            "free some space or choose another folder with -o",
+            str(caught.value),
+        )
+    with full_disk(500), pytest.raises(BundleError, match=r"the disk refused .*too large"):
+        store.remembered("sensitivity", lambda: ["a"] * 1000)
+    assert snapshot(tmp_path / "work") == before, "the old one is whole"
     assert not store.has(1)
-    kept = store.read(0)["mlp.down_proj"].weight
-    assert torch.equal(kept.qdata, first["mlp.down_proj"].weight.qdata), "the old one is whole"
     again = LayerStore(tmp_path / "work", MADE_FROM)
     second = linears()
     again.write(1, second)
-    assert again.has(1)
     found = again.read(1)["self_attn.o_proj"].weight
     assert torch.equal(found.qdata, second["self_attn.o_proj"].weight.qdata)
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(
+    store: LayerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(0, linears())
+    before = snapshot(tmp_path / "work")
+
+    def interrupted(tensors: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgeattn.calibration.work.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(1, linears())
+    assert snapshot(tmp_path / "work") == before
+
+
+def test_nothing_is_written_before_a_layer_is(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path / "work", MADE_FROM, "rotated")
+
+    def fails() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.remembered("sensitivity", fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_sets_of_layers_belong_to_one_command(tmp_path: Path) -> None:
+    parts = {name: LayerStore(tmp_path / "work", MADE_FROM, name) for name in ("rotated", "plain")}
+    parts["rotated"].write(0, linears())
+    assert not parts["plain"].has(0)
+    assert sorted(snapshot(tmp_path / "work")) == ["made-from.json"]
+    for part in ("", "plain", "layers"):
+        with pytest.raises(UsageError, match="another model, recipe or calibration text"):
+            LayerStore(tmp_path / "work", {**MADE_FROM, "windows": 5}, part)
+
+
+def test_a_folder_in_which_nothing_was_finished_is_free_for_any_command(tmp_path: Path) -> None:
+    """As a run leaves it that was killed."""
+    WorkFolder(tmp_path / "work", {**MADE_FROM, "windows": 5}).begin()
+    (tmp_path / "work" / "lock").touch()
+    (tmp_path / "work" / "layer-0000.safetensors.partial").touch()
+    LayerStore(tmp_path / "work", MADE_FROM).write(0, linears())
+    assert LayerStore(tmp_path / "work", MADE_FROM).has(0)
+    with pytest.raises(UsageError, match="another model"):
+        LayerStore(tmp_path / "work", {**MADE_FROM, "windows": 5})
 
 
 def test_a_result_is_made_once_and_remembered(store: LayerStore, tmp_path: Path) -> None:
@@ -245,6 +306,7 @@ def test_a_layer_that_says_nothing_of_its_cache_is_refused(
     from safetensors.torch import save_file
 
     file = tmp_path / "work" / "layer-0000.safetensors"
+    file.parent.mkdir()
     save_file({"x": torch.zeros(1)}, file, metadata=metadata)
     with pytest.raises(UsageError, match=r"does not read .* delete the folder") as caught:
         store.cache_scales(0)

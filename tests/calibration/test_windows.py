@@ -16,9 +16,10 @@ pytest.importorskip("torch")
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from edgeattn.calibration.windows import read_text, text_sha256, token_ids, token_windows
+from edgeattn.calibration.windows import text_sha256, token_ids, token_windows
 from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.text_file import read_text
 
 COUNTED = 4096
 
@@ -109,7 +110,9 @@ def test_no_special_tokens_and_no_stored_limits() -> None:
     ("text", "enough"), [("", 0), ("1 2", 0), (numbers(3), 1), (numbers(5), 1)]
 )
 def test_a_short_text_is_refused(text: str, enough: int) -> None:
-    with pytest.raises(RuntimeInputError, match=rf"2 windows of 3 .* enough for {enough} windows"):
+    option = f" or --calibration-windows {enough}" if enough else ""
+    words = rf"2 windows of 3 .* enough for {enough} windows: pass a longer text{option}$"
+    with pytest.raises(RuntimeInputError, match=words):
         cut(text)
 
 

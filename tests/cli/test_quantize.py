@@ -168,6 +168,44 @@ def test_int8_activations_are_left_out(
     assert len(about["activation_scales"]) == 3 * 7
 
 
+@pytest.mark.parametrize(
+    ("quant", "not_rounded"),
+    [
+        ("w8a8-spinquant:online=off,keep=0", ("activations",)),
+        ("w4a16-spinquant:group=32,kv=int8", ("keys and values",)),
+        ("w8a8-spinquant:online=off,kv=int8", ("activations", "keys and values")),
+    ],
+)
+def test_what_runs_at_run_time_is_in_the_report(
+    quant: str,
+    not_rounded: tuple[str, ...],
+    checkpoint: Callable[[str], Path],
+    edgeattn: Callable[..., Any],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    path, copy = checkpoint("llama"), tmp_path / "copy"
+    options = ("--calibration", text, "--calibration-windows", 2)
+    done = edgeattn("quantize", path, "--quant", quant, "-o", copy, *options)
+    assert done.exit_code == 0, done.output
+    assert f"{' and '.join(not_rounded)} are not rounded in this copy" in done.stdout
+    fields = {"calibration": str(text), "calibration_windows": 2}
+    model = quantised(path, quant, tmp_path / "work", **fields)
+    check_equal(copy, replace(model, reads={}, caches={}), path)
+    about = json.loads((copy / "edgeattn.json").read_text())
+    for part in ("activations", "keys and values"):
+        expected = "not rounded in this copy" if part in not_rounded else "as they are"
+        assert about.get(part, "as they are") == expected
+    scales = {n: read.scale for n, read in model.reads.items() if read.scale is not None}
+    assert about["activation_scales"] == scales
+    caches = {str(layer): list(cache.scales) for layer, cache in model.caches.items()}
+    assert about["cache_scales"] == caches
+    assert bool(scales) == ("activations" in not_rounded)
+    assert len(caches) == (3 if "keys and values" in not_rounded else 0)
+    assert about["transforms"]["rotation"]["R1, of the residual stream"] == "Hadamard of 64, full"
+    assert ("int8 cache" in about["transforms"]) == ("keys and values" in not_rounded)
+
+
 def test_learned_rotations_are_kept(
     checkpoint: Callable[[str], Path],
     text: Path,
@@ -179,7 +217,6 @@ def test_learned_rotations_are_kept(
     def learning(
         checkpoint: Any, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
     ) -> Transformed:
-        work.mkdir()
         (work / layout.ROTATIONS).write_bytes(b"learned")
         scheme = replace(lowering.scheme, rotation="none", method="rtn")
         return transform(checkpoint, recipe, replace(lowering, scheme=scheme), work, clock)
@@ -369,6 +406,23 @@ def test_too_small_a_disk(
     assert "0.5 MB of free disk" in line
     assert "0.1 MB are free" in line
     assert names(tmp_path) == []
+
+
+def test_the_disk_must_hold_finished_layers_too(
+    checkpoint: Callable[[str], Path],
+    edgeattn: Callable[..., Any],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The copy alone takes 0.52 MB."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=550_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    options = ("-o", tmp_path / "copy", "--calibration", text, "--calibration-windows", 2)
+    line = sentence(edgeattn("quantize", checkpoint("llama"), *options, "--quant", "w8a8"), 1)
+    assert "0.6 MB of free disk" in line
+    assert names(tmp_path) == ["text.txt"]
+    assert edgeattn("quantize", checkpoint("llama"), *options, "--quant", "w8-rtn").exit_code == 0
 
 
 def test_without_torch(

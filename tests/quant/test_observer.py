@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgeattn.errors import RuntimeInputError
-from edgeattn.quant.observer import Clip, Observer
+from edgeattn.quant.observer import Observer
+from edgeattn.quant.scheme import Clip
 
 COUNT = 20_000
 # As documented for "mse": shares of the scale that clips nothing.

@@ -161,5 +161,5 @@ def test_a_loud_input_that_hardly_counts_does_not_vouch_for_the_others() -> None
 def test_numbers_that_cannot_be_used_are_refused_in_a_sentence(side: int, bad: float) -> None:
     pair = other_inputs(9, 0.3, 50)
     pair[side][7, 3] = bad
-    with pytest.raises(RuntimeInputError, match="finite inputs of a linear layer"):
+    with pytest.raises(RuntimeInputError, match="finite activations, to calibrate on"):
         drift_of(*pair)

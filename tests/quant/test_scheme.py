@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgeattn.errors import UsageError
@@ -150,6 +150,11 @@ def test_an_option_of_another_scheme_is_refused(name: str, key: str) -> None:
         ("W8A8", "did you mean w8a8"),
         ("w8a8 ", "did you mean w8a8"),
         ("w4a16-spinquant:learned", "'learned' was given"),
+        ("w4-rtn:kv=int8", "'kv' was given, whose scales are measured on a calibration text"),
+        ("w8-rtn:kv=int8", "'kv' was given, whose scales are measured on a calibration text"),
+        ("w8a8-spinquant:rotation=none,online=on", "rotates its weights, for online=on"),
+        ("w8a8-spinquant:online=on,rotation=none", "rotates its weights, for online=on"),
+        ("w8a8-spinquant:online=off,rotation=none,online=on", "rotation=none was given"),
     ],
 )
 def test_values_that_are_not_allowed(text: str, part: str | None) -> None:
@@ -170,6 +175,7 @@ def test_any_combination_of_options_round_trips(data: st.DataObject) -> None:
         for key in data.draw(st.permutations(sorted(OPTIONS[name])))
         if data.draw(st.booleans())
     ]
+    assume(not {"rotation=none", "online=on"} <= set(items))  # refused: they contradict each other
     scheme = parse_scheme(f"{name}:{','.join(items)}")
     expected = SCHEMES[name]
     for item in items:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from edgeattn.models.model import Model
-from edgeattn.quant.scheme import Scheme
-from edgeattn.transforms.rotatable import Objective, RotatableModel
+from edgeattn.quant.scheme import Objective, Scheme
+from edgeattn.transforms.rotatable import RotatableModel
 from edgeattn.transforms.rotate import Rotations
 
 

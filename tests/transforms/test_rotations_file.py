@@ -52,7 +52,8 @@ def same(one: Rotations, other: Rotations) -> bool:
 def test_rotations_survive_a_file(tmp_path: Path, shape: ModelShape, rotations: Rotations) -> None:
     path = tmp_path / "rotations.safetensors"
     save_rotations(path, rotations, MADE_FROM)
-    found = load_rotations(path, shape)
+    found, noted = load_rotations(path, shape)
+    assert noted == MADE_FROM
     assert same(found, rotations)
     assert found.residual is not None
     assert found.residual.dtype == torch.float64
@@ -69,7 +70,7 @@ def test_rotations_survive_a_file(tmp_path: Path, shape: ModelShape, rotations: 
 def test_r4_is_not_stored(tmp_path: Path, shape: ModelShape) -> None:
     online = hadamard_rotations(shape, online=True)
     save_rotations(tmp_path / "file", online, {})
-    assert load_rotations(tmp_path / "file", shape).down is None
+    assert load_rotations(tmp_path / "file", shape)[0].down is None
 
 
 @pytest.fixture
@@ -106,7 +107,43 @@ def test_a_file_without_rotations_is_refused(
 ) -> None:
     path, tensors = stored
     save_file({"weight" if key == name else key: value for key, value in tensors.items()}, path)
-    refused(path, shape, "it holds .*weight")
+    refused(path, shape, f"it lacks {name} and holds 1 other tensors")
+
+
+def test_a_whole_model_is_refused_without_being_read(
+    tmp_path: Path, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passed by mistake; its names alone would fill a page."""
+    path = tmp_path / "model.safetensors"
+    save_file({f"layers.{i}.weight": torch.zeros(2) for i in range(272)}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeattn.transforms.rotations_file.safe_open", NamesOnly)
+        refused(path, shape, "it lacks heads and residual and holds 272 other tensors")
+
+
+class NamesOnly:
+    """An open file whose tensors may not be read."""
+
+    def __init__(self, path: Path, framework: str) -> None:
+        with safe_open(path, framework) as file:
+            self._names = list(file.keys())
+
+    def keys(self) -> list[str]:
+        return self._names
+
+    def __enter__(self) -> NamesOnly:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize("noted", [None, {}, {"made_from": "{"}, {"made_from": "[]"}])
+def test_a_file_that_does_not_say_where_it_is_from(
+    shape: ModelShape, stored: tuple[Path, dict[str, Tensor]], noted: dict[str, str] | None
+) -> None:
+    path, tensors = stored
+    save_file(tensors, path, metadata=noted)
+    assert load_rotations(path, shape)[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +176,6 @@ def test_rounding_to_fp32_is_no_damage(
 ) -> None:
     path, tensors = stored
     save_file({name: value.float() for name, value in tensors.items()}, path)
-    found = load_rotations(path, shape)
+    found, _ = load_rotations(path, shape)
     assert found.residual is not None
     assert orthogonality_error(found.residual) < 1e-6

@@ -1,0 +1,59 @@
+"""Where finished layers wait for the rest, so that stopped work goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeattn.errors import BundleError
+from edgeattn.quant.scheme import Scheme
+
+
+def work_folder(output: Path) -> Path:
+    """The folder beside what is being made; gone once that is there."""
+    place = Path(os.path.abspath(output))
+    return place.with_name(f".{place.name}.layers")
+
+
+@contextmanager
+def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
+    """The work folder for one run, which alone may use it.
+
+    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
+    and the error gets a note that says so. A scheme without calibration leaves it alone, whosever
+    it is.
+
+    Raises:
+        BundleError: another run is at work there.
+    """
+    folder = work_folder(output)
+    if not scheme.needs_calibration:
+        yield folder
+        return
+    from edgeattn.calibration.work import LOCK, has_parts
+
+    folder.mkdir(exist_ok=True)
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BundleError(
+                expected=f"{folder} for this run alone",
+                came="another run with the same output is at work there",
+                todo="wait for it, or choose another folder with -o",
+            ) from error
+        try:
+            yield folder
+        except BaseException as error:
+            if has_parts(folder):
+                error.add_note(
+                    f"what was finished waits in {folder}: the same command goes on from there"
+                )
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
