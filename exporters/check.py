@@ -66,7 +66,8 @@ def lint(model: ModelProto) -> Iterator[str]:
             yield f"{where} has the name of a built-in operator"
         for entry in function.opset_import:
             if opsets.get(entry.domain) != entry.version:
-                yield f"{where} is of opset {entry.version}, the model of {opsets.get(entry.domain)}"
+                models = opsets.get(entry.domain)
+                yield f"{where} is of opset {entry.version}, the model of {models}"
         yield from _lint_body(where, function)
     for node in _nodes(model.graph.node):
         if node.domain == DOMAIN:

@@ -24,6 +24,8 @@ VERBS = {
     "run": "Let a bundle continue a text on this machine.",
     "eval": "Measure a bundle's perplexity on a text.",
     "targets": "List the devices edgeattn knows, with every figure's source.",
+    "ops": "List the operators of domain edgeattn, and what each one means.",
+    "plugins": "Build the TensorRT plugin library, or say what one holds.",
 }
 
 _EPILOG = """\b
@@ -47,13 +49,8 @@ class _LazyGroup(click.Group):
         if name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"edgeattn.cli.{name}").command
-        if not any(p.name == "debug" for p in command.params):
-            command.params.append(
-                click.Option(["--debug"], is_flag=True, expose_value=False, help=_DEBUG)
-            )
-            for option in command.params:
-                if option.name in ("debug", "as_json"):
-                    option.callback, option.is_eager = _remember, True
+        for one in command.commands.values() if isinstance(command, click.Group) else [command]:
+            _add_debug(one)
         return command
 
     def resolve_command(
@@ -71,8 +68,10 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeattnError as error:
+            _show_notes(error)
             _fail(ctx, str(error), error.exit_code, error.details)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            _show_notes(error)
             _fail(ctx, "interrupted; nothing half-written was left behind", 130)
         except click.UsageError as error:
             if _asked(ctx, "as_json"):
@@ -83,8 +82,18 @@ class _LazyGroup(click.Group):
         except BrokenPipeError:
             sys.exit(0)
         except Exception as error:
+            _show_notes(error)
             sentence = f"internal error: {type(error).__name__}: {error}"
             _fail(ctx, f"{sentence} (run again with --debug and report what it prints)", 1)
+
+
+def _add_debug(command: click.Command) -> None:
+    if any(option.name == "debug" for option in command.params):
+        return
+    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=_DEBUG))
+    for option in command.params:
+        if option.name in ("debug", "as_json"):
+            option.callback, option.is_eager = _remember, True
 
 
 def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
@@ -95,6 +104,13 @@ def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
 
 def _asked(ctx: click.Context, name: str) -> bool:
     return bool(ctx.find_root().meta.get(f"edgeattn.{name}"))
+
+
+def _show_notes(error: BaseException) -> None:
+    """What an error, or the one it was made from, says besides its sentence."""
+    for one in filter(None, (error.__cause__, error)):
+        for note in getattr(one, "__notes__", ()):  # of Python 3.11
+            click.echo(note, err=True)
 
 
 def _fail(

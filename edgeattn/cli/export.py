@@ -51,6 +51,12 @@ Examples:
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
+@click.option(
+    "--plugin-lib",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plugin library for graphs that need one, instead of building it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
     model: str,
@@ -60,6 +66,7 @@ def command(
     no_verify: bool,
     offline: bool,
     force: bool,
+    plugin_lib: Path | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -99,6 +106,7 @@ def command(
                 offline=offline,
                 verify=not no_verify,
                 force=force,
+                plugin_library=plugin_lib,
                 progress=progress,
             )
     except ProofError as error:

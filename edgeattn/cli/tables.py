@@ -33,8 +33,10 @@ def print_verification(verification: Mapping[str, Any], *, error_stream: bool = 
             figures = (f"{float(row[key]):.2e}" for key in keys)
             table.add_row(group, *figures, "ok" if row["passed"] else "FAILED")
         console.print(table)
-        same, kl = agreement["top1_agreement"], float(agreement["kl"])
-        console.print(f"same most likely token {same:.1%}, KL {kl:.1e} nats")
+        if (same := agreement["top1_agreement"]) is not None:
+            console.print(
+                f"same most likely token {same:.1%}, KL {float(agreement['kl']):.1e} nats"
+            )
         if agreement["first_bad"]:
             console.print(f"the first error is in {agreement['first_bad']}")
     click.echo(_tensorrt_line(verification["tensorrt"]), err=error_stream)

@@ -13,6 +13,7 @@ Examples:
   edgeattn verify ./bundle --checkpoint ./SmolLM2-135M
   edgeattn verify ./bundle --checkpoint HuggingFaceTB/SmolLM2-135M --offline
   edgeattn verify ./bundle --no-tensorrt --json
+  edgeattn verify ./bundle --backend triton
 """
 
 
@@ -25,9 +26,19 @@ Examples:
 )
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--no-tensorrt", is_flag=True, help="Leave out TensorRT's parser and builder.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    help="onnxruntime: the graph; triton: the kernels of its own operators, on a GPU.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
-    bundle: Path, checkpoint: str | None, offline: bool, no_tensorrt: bool, as_json: bool
+    bundle: Path,
+    checkpoint: str | None,
+    offline: bool,
+    no_tensorrt: bool,
+    backend: str,
+    as_json: bool,
 ) -> None:
     """Prove BUNDLE: every hash, ONNX Runtime against the reference, TensorRT's parser and builder.
 
@@ -43,6 +54,7 @@ def command(
             checkpoint=checkpoint,
             offline=offline,
             tensorrt=not no_tensorrt,
+            backend=backend,
             progress=progress,
         )
     if as_json and verification.passed:

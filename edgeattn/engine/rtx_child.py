@@ -152,6 +152,8 @@ def _build(
     trt: Any, builder: Any, network: Any, capability: Any, request: dict[str, Any], result: _Result
 ) -> None:
     config = builder.create_builder_config()
+    if request["plugin_library"]:  # states that a plugin updates in place
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
     problem = _add_profile(builder, config, network, request["profiles"])

@@ -9,16 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeattn.engine.plugins import (
+    expected_layers,
+    missing_plugins,
+    plugin_nodes,
+    read_library,
+    require_variants,
+)
 from edgeattn.errors import BundleError, LoweringError
 
 Shape = tuple[int, ...]
@@ -30,6 +41,7 @@ _BINDINGS, _LIBRARIES = "tensorrt_rtx", "tensorrt_rtx_libs"
 # the parser opens the library by this name, the wheel ships it with a version behind
 _BARE_NAME = "libtensorrt_rtx.so"
 _STDERR_LINES = 3
+_PLUGIN_SAYS = "edgeattn: "
 
 
 @dataclass(frozen=True)
@@ -90,15 +102,15 @@ def check_build(
         sm: compute capability to build for, as an int (86).
         profiles: smallest, usual and largest shape of every input with dynamic dimensions.
         timeout_s: seconds after which the child is killed.
-        plugin_library: shared library with the plugins the model uses.
+        plugin_library: of edgeattn's plugins; without one the function bodies are built.
 
     Raises:
-        BundleError: there is no such model.
-        LoweringError: TensorRT-RTX cannot build for this SM, or a profile does not fit the inputs.
+        BundleError: there is no such model, or the library cannot be loaded here.
+        LoweringError: TensorRT-RTX cannot build for this SM, a profile does not fit the inputs, or
+            the library has no kernel for a node.
     """
     _require_file(model)
-    if plugin_library is not None:
-        _require_file(plugin_library)
+    expected = _require_plugins(model, sm, plugin_library)
     if not is_available():
         return RtxReport("not checked", sm, reason=INSTALL_HINT)
     with tempfile.TemporaryDirectory(prefix="edgeattn-rtx-") as folder:
@@ -109,10 +121,50 @@ def check_build(
             "plugin_library": str(plugin_library.resolve()) if plugin_library else None,
             "result": str(Path(folder, "result.json")),
         }
-        exit_detail = _run_child(json.dumps(request), Path(folder), timeout_s)
+        exit_detail, stderr = _run_child(json.dumps(request), Path(folder), timeout_s)
         facts = _read_result(Path(folder, "result.json"))
     _raise_for_bad_request(facts, sm)
-    return _report(facts, sm, exit_detail)
+    return _with_plugins(_report(facts, sm, exit_detail), expected, stderr)
+
+
+def _require_plugins(model: Path, sm: int, plugin_library: Path | None) -> int:
+    """Refuses, before any parse, a graph that the library does not serve; how many layers it must.
+
+    A missing plugin is silent in TensorRT where a function body is there, and a kernel that is
+    missing shows only on the device.
+    """
+    try:
+        proto = onnx.load(model, load_external_data=False)
+    except DecodeError:
+        return 0  # TensorRT's parser says it better
+    nodes = plugin_nodes(proto)
+    if plugin_library is None:
+        for op in sorted(missing_plugins(proto, nodes)):
+            raise LoweringError(
+                expected=f"the plugin {op}, as the graph holds no function body of it",
+                came="no plugin library was given",
+                todo="build one with edgeattn plugins build",
+            )
+        return 0
+    library = read_library(plugin_library)
+    library.require(platform.machine())
+    require_variants(library, nodes, sm)
+    return expected_layers(library, nodes)
+
+
+def _with_plugins(report: RtxReport, expected: int, stderr: str) -> RtxReport:
+    """The report, refused where the network has not as many plugin layers as it should.
+
+    What a plugin refuses it says on standard error, where TensorRT gives it no logger.
+    """
+    found = report.plugin_layers
+    said = [line for line in stderr.splitlines() if line.startswith(_PLUGIN_SAYS)]
+    if said and report.status == "refused":
+        return replace(report, reason=said[0].removeprefix(_PLUGIN_SAYS))
+    if found is None or found == expected or report.status != "built":
+        return report
+    reason = f"the network has {found} plugin layers, where the graph has {expected} such nodes"
+    return replace(report, status="refused", reason=reason)
 
 
 def _require_file(file: Path) -> None:
@@ -124,8 +176,8 @@ def _require_file(file: Path) -> None:
         )
 
 
-def _run_child(request: str, folder: Path, timeout_s: float) -> str:
-    """Runs the child to its end; returns how it died, empty when it did not."""
+def _run_child(request: str, folder: Path, timeout_s: float) -> tuple[str, str]:
+    """Runs the child to its end; how it died, empty when it did not, and its standard error."""
     with subprocess.Popen(
         [sys.executable, "-m", _CHILD_MODULE],
         stdin=subprocess.PIPE,
@@ -141,15 +193,15 @@ def _run_child(request: str, folder: Path, timeout_s: float) -> str:
             _, stderr = child.communicate(request, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             child.kill()
-            return f"no result after {timeout_s:g} s, killed"
+            return f"no result after {timeout_s:g} s, killed", ""
         except BaseException:
             # Ctrl-C above all: nothing may go on building for a caller who left
             child.kill()
             raise
     if child.returncode == 0:
-        return ""
+        return "", stderr
     tail = " | ".join(stderr.strip().splitlines()[-_STDERR_LINES:])
-    return _exit_words(child.returncode) + (f": {tail}" if tail else "")
+    return _exit_words(child.returncode) + (f": {tail}" if tail else ""), stderr
 
 
 def _exit_words(code: int) -> str:

@@ -2,8 +2,8 @@
 
 Per head, for rows t of key k, value v, log-decay g (one number, or one per key channel), rate β:
 
-    S_t = Diag(exp g_t) S_{t-1} + k_t u_tᵀ,   u_t = v_t                                   (delta = 0)
-                                              u_t = β_t (v_t − (Diag(exp g_t) S_{t-1})ᵀ k_t)      (1)
+    S_t = Diag(exp g_t) S_{t-1} + k_t u_tᵀ,   u_t = v_t                              (delta = 0)
+                                              u_t = β_t (v_t − (Diag(exp g_t) S_{t-1})ᵀ k_t) (1)
     z_t = exp g_t ⊙ z_{t-1} + k_t
     y_t = scale S_tᵀ q_t, with `normalise` divided by scale z_tᵀ q_t + epsilon
 
@@ -157,6 +157,37 @@ def reference(
     return y, state.clone(), normaliser.clone()
 
 
+# What kernels are compiled for: head dimensions are padded to one of `BLOCKS` at run time, vectors
+# of `ALIGNMENT` numbers are loaded at once, fewer rows than `CHUNKED_LENGTH` are walked one by one.
+BLOCKS = (16, 32, 64, 128)
+ALIGNMENT = 8
+CHUNKED_LENGTH = 16
+
+
+def variants(
+    dims: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> list[tuple[str, dict[str, int]]]:
+    """The kernels a node needs, as far as its length is known.
+
+    Raises:
+        RuntimeInputError: no kernel is made for such head dimensions.
+    """
+    length, widths, dg = dims["T"], (dims["Dk"], dims["Dv"]), dims["Dg"]
+    if not all(isinstance(width, int) for width in (*widths, dg)):
+        return []
+    if max(widths) > BLOCKS[-1] or any(width % ALIGNMENT for width in widths):
+        expected = f"head dimensions that are multiples of {ALIGNMENT} up to {BLOCKS[-1]}"
+        raise _refused(expected, " and ".join(map(str, widths)))
+    block = next(block for block in BLOCKS if block >= max(widths))
+    kernels = [("decode", {"BLOCK": block})]
+    if not isinstance(length, int) or length >= CHUNKED_LENGTH:
+        chunked = ("prepare", "states", "outputs") if attributes["delta"] else ("states", "outputs")
+        both = {"BLOCK": block, "CHANNELS": int(dg > 1)}
+        longer = [(name, both) for name in chunked]
+        kernels = longer if isinstance(length, int) else kernels + longer
+    return [(f"recurrent_linear_attention.{name}", constants) for name, constants in kernels]
+
+
 # Rows of a chunk in the function body: few enough for a decay per channel and pair of rows.
 _CHUNK = 16
 _LEVELS = 4  # 2^_LEVELS = _CHUNK
@@ -222,7 +253,7 @@ def _sizes(
 def _chunked(
     body: Body, sizes: Mapping[str, ir.Value], rows: ir.Value, heads: str, width: str | int
 ) -> ir.Value:
-    """`[B, heads, T, width]` as `[N, B, heads, C, width]`; rows of zeros are added, and add nothing."""
+    """`[B, heads, T, width]` as `[N, B, heads, C, width]`, filled up with zeros."""
     zeros = body.op("ConstantOfShape", body.dims(sizes, "B", heads, "pad", width))
     whole = body.op("Concat", rows, zeros, axis=2)
     return body.op(
@@ -367,6 +398,9 @@ SPEC = OpSpec(
     reference=reference,
     function_body=function_body,
     attributes=_ATTRIBUTES,
+    triton="edgeattn.kernels.recurrent_linear_attention:recurrent_linear_attention",
+    plugin=True,
+    variants=variants,
     cases=(
         _case("decode", t=1, dk=64, dv=64, dtype="fp16"),
         _case("decode-delta", t=1, dk=128, dv=128, delta=1, dtype="fp16"),

@@ -39,6 +39,9 @@ Dim: TypeAlias = Any
 Shape: TypeAlias = tuple[Dim, ...]
 AttributeType = Literal["int", "float", "string"]
 ShapeRule: TypeAlias = Callable[[Sequence[Shape], Mapping[str, Any]], tuple[Shape, ...]]
+VariantRule: TypeAlias = Callable[
+    [Mapping[str, Dim], Mapping[str, Any]], Iterable[tuple[str, Mapping[str, int]]]
+]
 
 _PYTHON_TYPES = {"int": int, "float": float, "string": str}
 
@@ -140,6 +143,9 @@ class OpSpec:
         function_body: opset of the model -> the operator in standard ONNX operators.
         triton: "module:function" of the kernel, called like `reference`; None without one.
         plugin: whether `plugins/` holds a TensorRT plugin.
+        variants: (dimensions by symbol, all attributes) -> kernels, "operator.kernel", that must be
+            compiled for a node, with the constants that must fit; nothing while a dimension is not
+            known. Raises RuntimeInputError where none can be. None without kernels.
         cases: for tests.
         tolerance: by dtype, one for every floating dtype of the first output.
     """
@@ -155,6 +161,7 @@ class OpSpec:
     attributes: tuple[AttributeSpec, ...] = ()
     triton: str | None = None
     plugin: bool = False
+    variants: VariantRule | None = None
 
     def __post_init__(self) -> None:
         """Refuses a dossier that contradicts itself.
@@ -306,6 +313,10 @@ def _problems(spec: OpSpec) -> Iterable[str]:
             yield f"attribute {attribute.name} is no {attribute.type} by default"
     for case in spec.cases:
         yield from _case_problems(spec, case)
+    if spec.variants is not None and spec.triton is None:
+        yield "it has variants of a kernel, and no kernel"
+    if spec.plugin and spec.variants is None:
+        yield "it has a plugin, and no variants of a kernel for it"
     if spec.triton is not None and not re.fullmatch(r"[\w.]+:\w+", spec.triton):
         yield f"triton is {spec.triton!r}, not 'module:function'"
     floats = {d for d in spec.outputs[0].dtypes if d in FLOATS}

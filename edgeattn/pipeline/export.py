@@ -14,6 +14,7 @@ from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.errors import BundleError
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
+from edgeattn.pipeline.plugins import place_library, plugins_for
 from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     open_checked,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeattn.engine.plugins import PluginLibrary
     from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.hub import Outline
@@ -54,6 +56,7 @@ class ExportReport:
         quality: on the recipe's evaluation text, None without one.
         transforms: what each transform reports, JSON-ready.
         seconds: wall time by stage.
+        plugins: the plugin library in the bundle, None where the graph needs none.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class ExportReport:
     quality: Quality | None
     transforms: Mapping[str, Any]
     seconds: dict[str, float]
+    plugins: PluginLibrary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -75,6 +79,7 @@ class ExportReport:
             "transforms": dict(self.transforms),
             "verification": self.verification.to_dict() if self.verification else None,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "plugins": self.plugins.to_dict() if self.plugins else None,
         }
 
 
@@ -148,6 +153,7 @@ def export(
     offline: bool = False,
     verify: bool = True,
     force: bool = False,
+    plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Exports a checkpoint to a proven bundle; the bundle appears whole or not at all.
@@ -159,6 +165,7 @@ def export(
         offline: take a hub id from the cache alone.
         verify: prove the bundle before it appears; False is written into the manifest.
         force: replace a bundle at `output`.
+        plugin_library: for graphs that need one, instead of building it.
         progress: called with (stage, done, total).
 
     Raises:
@@ -181,7 +188,8 @@ def export(
             clock,
             offline=offline,
         )
-        return _export(checkpoint, recipe, target, fitted, writer, output, work, verify, clock)
+        settled = (recipe, target, fitted, writer, output, work, verify, plugin_library, clock)
+        return _export(checkpoint, *settled)
 
 
 def _plan(
@@ -230,6 +238,7 @@ def _export(
     output: Path,
     work: Path,
     verify: bool,
+    plugin_library: Path | None,
     clock: Clock,
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
@@ -249,6 +258,9 @@ def _export(
     )
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_text_files(writer, checkpoint, lowering)
+    model_file = writer.path / layout.MODEL
+    plugins = plugins_for(model_file, target, library=plugin_library, progress=clock.progress)
+    placed = place_library(plugins.target, writer.path / layout.PLUGINS) if plugins else None
     learned = work / layout.ROTATIONS
     if lowering.scheme.rotation == "learned" and learned.exists():  # for a later --rotations
         writer.write(layout.ROTATIONS, learned.read_bytes())
@@ -258,19 +270,22 @@ def _export(
         verification = prove(
             model,
             lowering,
-            writer.path / layout.MODEL,
+            model_file,
             writer.path / layout.GOLDEN,
             tokens=tokens,
+            operators_file=writer.path / layout.GOLDEN_OPERATORS,
+            plugin_library=plugins.host.path if plugins and plugins.host else None,
             progress=clock.progress,
         )
     quality = None
     if windows is not None:
         clock.start("measuring quality")
-        model_file = writer.path / layout.MODEL
         quality = _quality(checkpoint, recipe, lowering, model_file, windows, clock)
     clock.stop()
     notes = transformed.notes
-    report = ExportReport(output, lowering, graph, verification, quality, notes, clock.seconds)
+    report = ExportReport(
+        output, lowering, graph, verification, quality, notes, clock.seconds, placed
+    )
     write_report(writer, checkpoint, recipe, report)
     shape = replace(checkpoint.shape, tied_embeddings=model.shape.tied_embeddings)
     write_manifest(writer, checkpoint, recipe, target, report, shape)

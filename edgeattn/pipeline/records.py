@@ -95,7 +95,7 @@ def write_manifest(
             sm=target.device.sm,
             software_version=target.software.stack.version,
         ),
-        plugin_abi=None,
+        plugin_abi=report.plugins.abi if report.plugins else None,
         verification=VerificationRecord(
             status="passed" if verification else "skipped",
             backends=tuple(a.backend for a in verification.agreements) if verification else (),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.bundle import bundle as layout
-from edgeattn.errors import BundleError, UsageError
+from edgeattn.errors import BundleError, UsageError, unknown_name
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.transform import proof_tokens, require_export_extra, transform
 from edgeattn.planner.lowering import Lowering
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from edgeattn.verify.verify import Verification
 
 
+BACKENDS = ("onnxruntime", "triton")
+
+
 def verify_bundle(
     path: Path,
     *,
     checkpoint: str | Path | None = None,
     offline: bool = False,
     tensorrt: bool = True,
+    backend: str = "onnxruntime",
     progress: Progress | None = None,
 ) -> Verification:
     """Proves a bundle again against golden vectors or the checkpoint.
@@ -34,6 +38,7 @@ def verify_bundle(
         checkpoint: compare with torch on it (see `export`); None uses the golden vectors.
         offline: take a hub id from the cache alone.
         tensorrt: also parse and build with TensorRT-RTX where the target has a TensorRT.
+        backend: "onnxruntime" for the graph, or "triton" for the kernels of its operators alone.
         progress: called with (stage, done, total).
 
     Raises:
@@ -43,8 +48,12 @@ def verify_bundle(
     from edgeattn.bundle.graph import read_graph
     from edgeattn.verify.verify import check
 
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
     bundle = Bundle.open(path)
     read_graph(bundle)
+    if backend == "triton":
+        return _verify_triton(bundle)
     lowering = Lowering.from_dict(bundle.manifest.lowering)
     golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
     return check(
@@ -55,6 +64,21 @@ def verify_bundle(
         tensorrt=tensorrt,
         progress=progress,
     )
+
+
+def _verify_triton(bundle: Bundle) -> Verification:
+    from edgeattn.verify.operators import load_samples
+    from edgeattn.verify.triton_backend import check_triton
+    from edgeattn.verify.verify import Verification
+
+    file = bundle.file(layout.GOLDEN_OPERATORS)
+    if file is None:
+        raise BundleError(
+            expected=f"samples of edgeattn's operators in {bundle.path}",
+            came="it has none: its graph holds no such node, or it was exported with --no-verify",
+            todo="verify it without --backend triton",
+        )
+    return Verification((check_triton(load_samples(file)),), None)
 
 
 def _golden_of(

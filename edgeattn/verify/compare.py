@@ -18,6 +18,8 @@ from edgeattn.verify.tolerance import allowed_error, rounding_floor
 _HIDDEN = re.compile(r"hidden\.(\d+)$")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)$")
 _ALONE = re.compile(r"layer\.(\d+)\.(output|key|value)$")
+# What names of an operator's outputs begin with.
+OPERATOR = "operator "
 # The name under which golden vectors keep the KL of plain torch in low precision.
 KL = "kl"
 # Nats, for schemes that round at run time: small errors could add up in one direction.
@@ -54,8 +56,10 @@ class Agreement:
     Attributes:
         backend: its name.
         comparisons: one per tensor.
-        top1: share of positions where it picks the reference's most likely token.
-        kl: mean KL(reference || implementation) of the next-token distribution, in nats.
+        top1: share of positions where it picks the reference's most likely token; None where no
+            logits were compared.
+        kl: mean KL(reference || implementation) of the next-token distribution, in nats; None
+            likewise.
         max_kl: bound on `kl`, None without one.
         first_bad: the layer the first error sits in ("layer 3", "embedding", "LM head"), None when
             all agree.
@@ -63,15 +67,15 @@ class Agreement:
 
     backend: str
     comparisons: tuple[Comparison, ...]
-    top1: float
-    kl: float
+    top1: float | None
+    kl: float | None
     max_kl: float | None = None
     first_bad: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every tensor is within its bound, and the distribution where it has one."""
-        near = self.max_kl is None or self.kl <= self.max_kl
+        near = self.max_kl is None or self.kl is None or self.kl <= self.max_kl
         return near and all(c.passed for c in self.comparisons)
 
     def worst_per_group(self) -> dict[str, Comparison]:
@@ -93,7 +97,7 @@ class Agreement:
             "passed": self.passed,
             "first_bad": self.first_bad,
             "top1_agreement": self.top1,
-            "kl": self.kl if np.isfinite(self.kl) else "inf",
+            "kl": self.kl if self.kl is None or np.isfinite(self.kl) else "inf",
             "worst": {group: c.tensor for group, c in self.worst_per_group().items()},
             "comparisons": rows,
         }
@@ -173,6 +177,8 @@ def layer_alone(comparison: Comparison) -> int | None:
 
 def group_of(tensor: str) -> str:
     """The row of the summary table a tensor belongs to, such as "ragged cache keys"."""
+    if tensor.startswith(OPERATOR):
+        return "operators alone"
     if match := _ALONE.match(tensor):
         return f"layers alone, {match[2]}s"
     case, _, rest = tensor.partition(".")

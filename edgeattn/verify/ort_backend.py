@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,21 +33,29 @@ class OrtBackend:
         model: model.onnx; its weights lie beside it.
         lowering: dtype and cache of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
+        expose: names of further values to give.
     """
 
-    def __init__(self, model: Path, lowering: Lowering, *, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        lowering: Lowering,
+        *,
+        hidden: bool = False,
+        expose: Sequence[str] = (),
+    ) -> None:
         dtype = lowering.dtype
         self.name = "onnxruntime" + (" (bf16 widened to fp32)" if dtype == "bf16" else "")
         source: Path | bytes = model
-        if hidden or dtype == "bf16":
-            source = _rewritten(model, hidden=hidden, widen=dtype == "bf16")
+        if hidden or expose or dtype == "bf16":
+            source = _rewritten(model, hidden=hidden, expose=expose, widen=dtype == "bf16")
         self._session = open_onnxruntime(source, weights_dir=model.parent, exact=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
         self.packed_cache = lowering.kv_cache == "shared-buffer"
         if self.packed_cache:
-            hidden_names = [name for name in self._outputs if name.startswith("hidden.")]
-            self._in_place = InPlaceRunner(self._session, _CONTEXT, hidden_names)
+            further = [n for n in self._outputs if n.startswith("hidden.") or n in expose]
+            self._in_place = InPlaceRunner(self._session, _CONTEXT, further)
 
     def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
         """See `edgeattn.verify.drive.Backend.step`."""
@@ -83,13 +91,18 @@ class OrtBackend:
         return value.astype(np.float32)
 
 
-def _rewritten(model: Path, *, hidden: bool, widen: bool) -> bytes:
+def _rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool) -> bytes:
     """The graph of `model`, its weights still external, with the changes asked for."""
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
     if hidden:
         _add_hidden_outputs(proto)
+    known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    # Without a type: ONNX Runtime infers it.
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in expose if name not in known
+    )
     if widen:
         _widen(proto)
     serialized: bytes = proto.SerializeToString()

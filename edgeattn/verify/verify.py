@@ -15,6 +15,7 @@ from edgeattn.shape import ModelShape
 from edgeattn.verify.cases import build_cases
 from edgeattn.verify.compare import (
     KL,
+    OPERATOR,
     Agreement,
     Comparison,
     compare,
@@ -24,8 +25,8 @@ from edgeattn.verify.compare import (
 )
 from edgeattn.verify.drive import drive
 from edgeattn.verify.golden import Golden
-from edgeattn.verify.ort_backend import OrtBackend
 from edgeattn.verify.measure import errors
+from edgeattn.verify.ort_backend import OrtBackend
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def prove(
     golden_file: Path,
     *,
     tokens: Sequence[int] | None,
+    operators_file: Path | None = None,
+    plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """The whole proof of a fresh export; its golden vectors are written for later ones.
@@ -134,6 +137,8 @@ def prove(
         model_file: the exported graph, its weights beside it.
         golden_file: where the golden vectors go.
         tokens: ids of a text to run, None for random ones.
+        operators_file: where samples of edgeattn's own operators go, if the graph has any.
+        plugin_library: that TensorRT-RTX loads here; None for the function bodies.
         progress: called with (stage, done, total).
 
     Raises:
@@ -146,7 +151,10 @@ def prove(
     )
     if lowering.scheme.rounds_at_run_time:
         agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
-    verification = _with_tensorrt(agreement, model_file, lowering, model.shape, progress)
+    agreement = _with_operators(agreement, model_file, lowering, golden, operators_file)
+    verification = _with_tensorrt(
+        agreement, model_file, lowering, model.shape, plugin_library, progress
+    )
     verification.raise_if_failed()
     return verification
 
@@ -175,7 +183,7 @@ def check(
     )
     if not tensorrt:
         return Verification((agreement,), None)
-    return _with_tensorrt(agreement, model_file, lowering, shape, progress)
+    return _with_tensorrt(agreement, model_file, lowering, shape, None, progress)
 
 
 def check_onnxruntime(
@@ -233,21 +241,55 @@ def add_layers(
     return replace(agreement, comparisons=comparisons, first_bad=first_bad)
 
 
+def _with_operators(
+    agreement: Agreement,
+    model_file: Path,
+    lowering: Lowering,
+    golden: Golden,
+    operators_file: Path | None,
+) -> Agreement:
+    """Samples edgeattn's operators; of a graph that disagrees names the first that is wrong."""
+    from edgeattn.verify.operators import first_wrong_operator, sample_operators, save_samples
+
+    if not agreement.passed:
+        samples = sample_operators(model_file, lowering, golden.cases[0], every=True)
+        operator = first_wrong_operator(samples)
+        return replace(agreement, first_bad=operator or agreement.first_bad)
+    samples = sample_operators(model_file, lowering, golden.cases[0])
+    rows = tuple(row for sample in samples for row in sample.compare(sample.found))
+    if samples and operators_file is not None:
+        save_samples(samples, operators_file)
+    agreement = replace(agreement, comparisons=(*agreement.comparisons, *rows))
+    return (
+        agreement
+        if agreement.passed
+        else replace(agreement, first_bad=first_wrong_operator(samples))
+    )
+
+
 def _with_tensorrt(
     agreement: Agreement,
     model_file: Path,
     lowering: Lowering,
     shape: ModelShape,
+    plugin_library: Path | None,
     progress: Progress | None,
 ) -> Verification:
     built = None
     if agreement.passed:
-        built = check_tensorrt(model_file, lowering, shape, progress=progress)
+        built = check_tensorrt(
+            model_file, lowering, shape, plugin_library=plugin_library, progress=progress
+        )
     return Verification((agreement,), built)
 
 
 def check_tensorrt(
-    model_file: Path, lowering: Lowering, shape: ModelShape, *, progress: Progress | None = None
+    model_file: Path,
+    lowering: Lowering,
+    shape: ModelShape,
+    *,
+    plugin_library: Path | None = None,
+    progress: Progress | None = None,
 ) -> RtxReport | None:
     """Parses and builds the graph with TensorRT-RTX, None where TensorRT has no part."""
     if lowering.rtx_sm is None:
@@ -259,6 +301,7 @@ def check_tensorrt(
         sm=lowering.rtx_sm,
         profiles=build_profiles(lowering, shape),
         timeout_s=TENSORRT_TIMEOUT_S,
+        plugin_library=plugin_library,
     )
     if progress:
         progress(f"TensorRT-RTX, parse and build for SM{lowering.rtx_sm}", 1, 1)
@@ -326,7 +369,7 @@ def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
         )
     alone = [c for c in wrong if layer_alone(c) is not None]
     if alone:
-        return _wrong_layer(agreement.backend, alone, details)
+        return _wrong_layer(agreement, alone, details)
     worst = max(wrong, key=lambda c: c.error / c.allowed)
     where = f"; the first error is in {agreement.first_bad}" if agreement.first_bad else ""
     return ProofError(
@@ -337,8 +380,12 @@ def _disagreement(agreement: Agreement, details: dict[str, Any]) -> ProofError:
     )
 
 
-def _wrong_layer(backend: str, wrong: list[Comparison], details: dict[str, Any]) -> ProofError:
+def _wrong_layer(
+    agreement: Agreement, wrong: list[Comparison], details: dict[str, Any]
+) -> ProofError:
     """Of a graph some of whose layers err on their own; the first of them is named."""
+    backend, place = agreement.backend, agreement.first_bad or ""
+    where = f"; the first error is in {place}" if place.startswith(OPERATOR) else ""
     first = min(layer for c in wrong if (layer := layer_alone(c)) is not None)
     here = [c for c in wrong if layer_alone(c) == first]
     worst = max(here, key=lambda c: c.error / c.allowed)
@@ -347,8 +394,8 @@ def _wrong_layer(backend: str, wrong: list[Comparison], details: dict[str, Any])
     return ProofError(
         expected=f"each layer of {backend}, given the graph's own inputs of it, within "
         f"{worst.allowed:.2g} of the torch reference",
-        came=f"for most tokens of a sequence the {part} of layer {first} differ by "
-        f"{worst.error:.3g} or more",
+        came=f"for most tokens the {part} of layer {first} differ by "
+        f"{worst.error:.3g} or more{where}",
         todo="do not ship this graph; report it with the checkpoint's name",
         details=details,
     )

@@ -57,6 +57,7 @@ SCAN = OpSpec(
     function_body=lambda opset: pytest.fail("a body is built when it is asked for"),
     triton="os.path:join",
     plugin=True,
+    variants=lambda dims, attributes: (),
     cases=(Case("tiny", {"B": 1, "T": 3, "D": 5}, "fp16", {"heads": 2}),),
     tolerance=STANDARD_TOLERANCE,
 )
@@ -95,6 +96,11 @@ TINY = SCAN.cases[0]
         ({"cases": (replace(TINY, attributes={}),)}, "case tiny: .*int as its attribute heads"),
         ({"cases": (replace(TINY, attributes={"head": 1}),)}, "case tiny: .*'head' was given"),
         ({"triton": "os.path.join"}, "not 'module:function'"),
+        ({"triton": None}, "variants of a kernel, and no kernel"),
+        ({"variants": None}, "a plugin, and no variants"),
+        ({"inputs": (replace(X, values="even"), STATE, LENGTH)}, "x has values 'even'"),
+        ({"cases": (replace(TINY, values={"z": "unit"}),)}, "case tiny has values"),
+        ({"cases": (replace(TINY, values={"x": "even"}),)}, "case tiny has values"),
         ({"tolerance": {"fp32": Tolerance(1e-5, "sums")}}, "tolerances are given for"),
         (
             {"tolerance": {**STANDARD_TOLERANCE, "fp16": Tolerance(2.0, "generous")}},
@@ -141,7 +147,7 @@ def test_a_kernel_is_imported_when_it_is_asked_for() -> None:
     kernel = SCAN.kernel()
     assert kernel is not None
     assert kernel("a", "b") == "a/b"
-    assert replace(SCAN, triton=None).kernel() is None
+    assert replace(SCAN, triton=None, variants=None, plugin=False).kernel() is None
 
 
 def test_operators_are_found_by_name() -> None:

@@ -1,0 +1,286 @@
+"""The plugin library as a file: what it holds, and whether it serves the nodes of a graph.
+
+The table of variants is read from the file's bytes, so that a Jetson's library can be judged on any
+machine and nothing is loaded before it is known to fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.engine.embed_cubins import TABLE_MARKER
+from edgeattn.errors import BundleError, LoweringError, RuntimeInputError
+from edgeattn.ops import ALL_OPS, find_op
+from edgeattn.ops.spec import DOMAIN, Shape, bind
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+LIBRARY = "libedgeattn_plugins.so"
+# That of plugins/include/edgeattn/plugins.h; a test compares them.
+PLUGIN_ABI = 1
+
+_ELF, _ELF_TYPES = b"\x7fELF", {62: "x86_64", 183: "aarch64"}  # e_machine, ELF specification
+# The GPUs that run the code of lower ones of their major version; all others run only their own
+# (cubins for 90 and above use features of that one part, and 87 is no desktop part).
+_ORDINARY = (75, 80, 86, 89)
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """One kernel in the library.
+
+    Attributes:
+        kernel: "operator.kernel".
+        dtype: of the tensors it reads and writes.
+        constants: what it was compiled for, by name.
+        sm: the GPU it was compiled for.
+    """
+
+    kernel: str
+    dtype: str
+    constants: Mapping[str, int | str]
+    sm: int
+
+
+@dataclass(frozen=True)
+class PluginLibrary:
+    """What a library says of itself.
+
+    Attributes:
+        path: the file.
+        abi: see `PLUGIN_ABI`.
+        arch: "x86_64" or "aarch64".
+        tensorrt_headers: version it was compiled against; it loads in any from 10.3 on.
+        triton: version of the compiler of its kernels.
+        kernels_sha256: of all its kernels.
+        ops: names of the operators it has plugins for.
+        variants: its kernels.
+    """
+
+    path: Path
+    abi: int
+    arch: str
+    tensorrt_headers: str
+    triton: str
+    kernels_sha256: str
+    ops: tuple[str, ...]
+    variants: tuple[CompiledVariant, ...]
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The GPUs it has kernels for."""
+        return tuple(sorted({variant.sm for variant in self.variants}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "path": str(self.path), "bytes": self.path.stat().st_size}
+
+    def require(self, arch: str) -> None:
+        """Refuses a library that this edgeattn, or that processor, cannot load.
+
+        Raises:
+            BundleError: its ABI or its architecture is another.
+        """
+        if self.abi != PLUGIN_ABI:
+            raise BundleError(
+                expected=f"a plugin library of ABI {PLUGIN_ABI}",
+                came=f"{self.path} is of ABI {self.abi}",
+                todo="build it with this edgeattn: edgeattn plugins build",
+            )
+        if self.arch != arch:
+            raise BundleError(
+                expected=f"a plugin library for {arch}",
+                came=f"{self.path} is for {self.arch}",
+                todo=f"build one with edgeattn plugins build --arch {arch}",
+            )
+
+
+def read_library(path: Path) -> PluginLibrary:
+    """Reads the table of a library without loading it.
+
+    Raises:
+        BundleError: there is no such file, or it is no library of edgeattn's plugins.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        came = "there is none" if not path.exists() else f"the system says: {error.strerror}"
+        raise _no_library(path, came) from error
+    machine = int.from_bytes(content[18:20], "little")
+    if not content.startswith(_ELF) or machine not in _ELF_TYPES:
+        raise _no_library(path, "it is no shared library for x86-64 or aarch64")
+    marker = b"\0" + TABLE_MARKER.encode()
+    begin = content.find(marker)
+    if begin < 0:
+        raise _no_library(path, "it holds no table of edgeattn's kernels")
+    begin += len(marker)
+    try:
+        table = json.loads(content[begin : content.index(b"\0", begin)])
+        variants = tuple(CompiledVariant(**variant) for variant in table.pop("variants"))
+        ops = tuple(table.pop("ops"))
+        library = PluginLibrary(path, ops=ops, variants=variants, **table)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_library(path, f"its table does not read ({error})") from error
+    if library.arch != _ELF_TYPES[machine]:
+        raise _no_library(path, f"it says {library.arch} and is for {_ELF_TYPES[machine]}")
+    return library
+
+
+def _no_library(path: Path, came: str) -> BundleError:
+    return BundleError(
+        expected=f"edgeattn's plugin library at {path}",
+        came=came,
+        todo="make one with edgeattn plugins build",
+    )
+
+
+@dataclass(frozen=True)
+class PluginNode:
+    """One node of domain edgeattn.
+
+    Attributes:
+        name: of the node.
+        op: of the operator.
+        dtype: of its first input.
+        shapes: of its inputs; None for a dimension that is not fixed.
+        attributes: all of the operator's.
+    """
+
+    name: str
+    op: str
+    dtype: str
+    shapes: tuple[Shape, ...]
+    attributes: Mapping[str, Any]
+
+
+def plugin_nodes(model: ModelProto) -> list[PluginNode]:
+    """The nodes of domain edgeattn in a graph, whose weights need not be loaded."""
+    import onnx
+
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    if not nodes:
+        return []
+    known = _value_types(model.graph)
+    if any(name not in known for node in nodes for name in node.input):
+        known |= _value_types(onnx.shape_inference.infer_shapes(model).graph)
+    return [_plugin_node(node, known) for node in nodes]
+
+
+def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: int) -> None:
+    """Refuses a graph some of whose nodes have no kernel in the library.
+
+    Operators without a plugin in the library keep their function body.
+
+    Args:
+        library: that TensorRT will load.
+        nodes: of the graph.
+        sm: of the GPU that will run it.
+
+    Raises:
+        LoweringError: naming the node and what is missing.
+    """
+    for node in nodes:
+        if node.op not in library.ops:
+            continue
+        for kernel, constants in _needed(node):
+            found = [v for v in library.variants if v.kernel == kernel and v.dtype == node.dtype]
+            found = [v for v in found if constants.items() <= v.constants.items()]
+            if not any(runs_on(sm, variant.sm) for variant in found):
+                _refuse(library, node, kernel, constants, sm, [v.sm for v in found])
+
+
+def runs_on(sm: int, compiled: int) -> bool:
+    """Whether a GPU runs a cubin that was compiled for another (CUDA programming guide)."""
+    both = {sm, compiled} <= set(_ORDINARY)
+    return sm == compiled or (both and sm // 10 == compiled // 10 and sm > compiled)
+
+
+def expected_layers(library: PluginLibrary | None, nodes: Sequence[PluginNode]) -> int:
+    """How many plugin layers TensorRT's network must have after the parse."""
+    return sum(node.op in library.ops for node in nodes) if library else 0
+
+
+def missing_plugins(model: ModelProto, nodes: Sequence[PluginNode]) -> set[str]:
+    """Operators of `nodes` that have no function body, so that only a plugin can compute them."""
+    bodies = {function.name for function in model.functions if function.domain == DOMAIN}
+    return {node.op for node in nodes} - bodies
+
+
+def _needed(node: PluginNode) -> Iterator[tuple[str, Mapping[str, int]]]:
+    spec = find_op(node.op)
+    if spec.variants is None:
+        return
+    try:
+        yield from spec.variants(bind(spec.inputs, node.shapes), node.attributes)
+    except RuntimeInputError as error:
+        raise LoweringError(
+            expected=f"{error.expected} for the kernels of node {node.name}",
+            came=error.came,
+            todo="export without plugins: the function body has no such limit",
+        ) from error
+
+
+def _refuse(
+    library: PluginLibrary,
+    node: PluginNode,
+    kernel: str,
+    constants: Mapping[str, int],
+    sm: int,
+    others: Sequence[int],
+) -> None:
+    numbers = " ".join(f"{name}={value}" for name, value in constants.items())
+    elsewhere = f"it holds that for SM {', '.join(map(str, sorted(set(others))))}"
+    raise LoweringError(
+        expected=f"kernel {kernel} in {node.dtype} with {numbers} on SM {sm} for node {node.name}",
+        came=f"{library.path} has none" + (f"; {elsewhere}" if others else ""),
+        todo=f"build a library with edgeattn plugins build --sm {sm}",
+    )
+
+
+def _plugin_node(node: NodeProto, known: Mapping[str, tuple[str, Shape | None]]) -> PluginNode:
+    import onnx
+
+    if node.op_type not in {spec.name for spec in ALL_OPS}:
+        raise LoweringError(
+            expected="operators of domain edgeattn that this edgeattn knows",
+            came=f"node {node.name} is a {node.op_type}",
+            todo="use the edgeattn that exported the graph",
+        )
+    spec = find_op(node.op_type)
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    names = {attribute.name for attribute in spec.attributes}
+    attributes = {n: v.decode() if isinstance(v, bytes) else v for n, v in given.items()}
+    complete = spec.complete_attributes({n: v for n, v in attributes.items() if n in names})
+    shapes = []
+    for tensor, name in zip(spec.inputs, node.input, strict=True):
+        shape = known.get(name, ("", None))[1]
+        shapes.append(shape if shape is not None else (None,) * len(tensor.shape))
+    dtype = known.get(node.input[0], ("unknown", None))[0]
+    return PluginNode(node.name or node.op_type, node.op_type, dtype, tuple(shapes), complete)
+
+
+def _value_types(graph: GraphProto) -> dict[str, tuple[str, Shape | None]]:
+    """Dtype and shape of the values a graph declares; None where a shape is not known."""
+    import onnx
+
+    names = {
+        onnx.TensorProto.FLOAT: "fp32",
+        onnx.TensorProto.FLOAT16: "fp16",
+        onnx.TensorProto.BFLOAT16: "bf16",
+    }
+    found: dict[str, tuple[str, Shape | None]] = {
+        tensor.name: (names.get(tensor.data_type, "another dtype"), tuple(tensor.dims))
+        for tensor in graph.initializer
+    }
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        shape = None
+        if kind.HasField("shape"):
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+        found[value.name] = (names.get(kind.elem_type, "another dtype"), shape)
+    return found

@@ -1,0 +1,222 @@
+"""Nodes of domain edgeattn, each judged alone on the inputs it has in a run of the graph.
+
+One sample per operator and set of attributes is kept in the bundle, so that its kernel can be
+compared with the reference where the GPU is, without torch's model or the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeattn.engine.plugins import PluginNode, plugin_nodes
+from edgeattn.errors import BundleError
+from edgeattn.ops import find_op
+from edgeattn.ops.spec import DOMAIN, OpSpec
+from edgeattn.planner.lowering import Lowering
+from edgeattn.verify.cases import Case
+from edgeattn.verify.compare import OPERATOR, Agreement, Comparison
+from edgeattn.verify.ort_backend import OrtBackend
+from edgeattn.verify.tolerance import relative_error
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Array = NDArray[np.generic]
+# (operator, inputs, attributes) -> outputs, in the dtypes the operator says.
+Implementation = Callable[[OpSpec, Sequence[Array], Mapping[str, Any]], Sequence[Array]]
+
+# Bits that a rounding keeps: the error of rounding once, 2^-bits, is what plain computation costs.
+_PRECISION = {"fp32": 24, "fp16": 11, "bf16": 8}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One node in one step.
+
+    Attributes:
+        node: its name.
+        op: of its operator.
+        dtype: of its first input.
+        attributes: all of the operator's.
+        inputs: in order; bf16 ones as fp32.
+        found: what the graph made of them.
+        expected: what the reference makes of them, in fp32.
+    """
+
+    node: str
+    op: str
+    dtype: str
+    attributes: Mapping[str, Any]
+    inputs: tuple[Array, ...]
+    found: tuple[Array, ...]
+    expected: tuple[Array, ...]
+
+    def compare(self, outputs: Sequence[Array]) -> list[Comparison]:
+        """One row per output: twice the error of rounding once, plus the operator's floor."""
+        spec = find_op(self.op)
+        floor = spec.tolerance[self.dtype].floor
+        rows = []
+        for tensor, value, exact in zip(spec.outputs, outputs, self.expected, strict=True):
+            low = 2.0 ** -_PRECISION[self.dtype if tensor.variable == "T" else "fp32"]
+            error = relative_error(_rows(value), _rows(exact))
+            rows.append(
+                Comparison(f"{OPERATOR}{self.node}.{tensor.name}", error, low, 2 * low + floor)
+            )
+        return rows
+
+
+def _rows(tensor: Array) -> NDArray[np.float32]:
+    """As one token, so that an error is relative to the whole tensor."""
+    return tensor.astype(np.float32).reshape(1, -1)
+
+
+def sample_operators(
+    model_file: Path, lowering: Lowering, case: Case, *, every: bool = False
+) -> list[Sample]:
+    """Runs the first step of a case in ONNX Runtime, and the reference on what nodes read there.
+
+    Args:
+        model_file: the graph.
+        lowering: what was decided.
+        case: what to run.
+        every: all nodes; else the first of each operator and set of attributes.
+    """
+    import onnx
+
+    proto = onnx.load(model_file, load_external_data=False)
+    chosen = _chosen(proto, every=every)
+    if not chosen:
+        return []
+    read = {name for _, inputs, _ in chosen for name in inputs}
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor, str(model_file.parent))
+        for tensor in proto.graph.initializer
+        if tensor.name in read
+    }
+    names = {name for _, inputs, outputs in chosen for name in (*inputs, *outputs)}
+    backend = OrtBackend(model_file, lowering, expose=sorted(names - constants.keys()))
+    values = {**constants, **backend.step(case.steps[0], None)}
+    samples = []
+    for node, inputs, outputs in chosen:
+        given = tuple(np.array(values[name]) for name in inputs)
+        made = tuple(np.array(values[name]) for name in outputs)
+        samples.append(_sample(node, given, made))
+    return samples
+
+
+def _chosen(
+    proto: ModelProto, *, every: bool
+) -> list[tuple[PluginNode, Sequence[str], Sequence[str]]]:
+    found: list[tuple[PluginNode, Sequence[str], Sequence[str]]] = []
+    seen = set()
+    nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
+    for node, about in zip(nodes, plugin_nodes(proto), strict=True):
+        key = json.dumps([about.op, about.dtype, about.attributes], sort_keys=True)
+        if every or key not in seen:
+            found.append((about, list(node.input), list(node.output)))
+        seen.add(key)
+    return found
+
+
+def _sample(node: PluginNode, inputs: tuple[Array, ...], found: tuple[Array, ...]) -> Sample:
+    import torch
+
+    spec = find_op(node.op)
+    tensors = [torch.from_numpy(x) for x in inputs]
+    if node.dtype == "bf16":  # ONNX Runtime ran them widened
+        tensors = [
+            x.bfloat16().float() if t.variable == "T" else x
+            for t, x in zip(spec.inputs, tensors, strict=True)
+        ]
+    exact = [x.float() if x.is_floating_point() else x for x in tensors]
+    result = spec.reference(*exact, **node.attributes)
+    outputs = result if isinstance(result, tuple) else (result,)
+    return Sample(
+        node.name,
+        node.op,
+        node.dtype,
+        node.attributes,
+        tuple(x.numpy() for x in tensors),
+        found,
+        tuple(y.numpy() for y in outputs),
+    )
+
+
+def first_wrong_operator(samples: Sequence[Sample]) -> str | None:
+    """The first node that errs on its own, None where all agree."""
+    for sample in samples:
+        if not all(row.passed for row in sample.compare(sample.found)):
+            return f"{OPERATOR}{sample.node} ({sample.op})"
+    return None
+
+
+def check_operators(
+    name: str, samples: Sequence[Sample], implementation: Implementation
+) -> Agreement:
+    """Compares another implementation with the reference on kept inputs."""
+    rows = [
+        row
+        for sample in samples
+        for row in sample.compare(
+            implementation(find_op(sample.op), sample.inputs, sample.attributes)
+        )
+    ]
+    wrong = [row.tensor for row in rows if not row.passed]
+    first_bad = wrong[0].rpartition(".")[0] if wrong else None
+    return Agreement(name, tuple(rows), top1=None, kl=None, first_bad=first_bad)
+
+
+def save_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Writes an .npz without any pickled object."""
+    arrays: dict[str, Array] = {}
+    for i, sample in enumerate(samples):
+        about = {n: getattr(sample, n) for n in ("node", "op", "dtype", "attributes")}
+        arrays[f"{i}/about"] = np.array([json.dumps(about)])
+        for kind in ("inputs", "found", "expected"):
+            for j, value in enumerate(getattr(sample, kind)):
+                arrays[f"{i}/{kind}/{j}"] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """Reads what `save_samples` wrote.
+
+    Raises:
+        BundleError: the file is damaged or none of these.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        count = 1 + max(int(name.partition("/")[0]) for name in found)
+        return [_loaded(found, i) for i in range(count)]
+    except Exception as error:  # zipfile and numpy raise what a broken archive leads them to
+        raise BundleError(
+            expected=f"samples of operators in {path}",
+            came=f"the file does not read ({error})",
+            todo="export the bundle again",
+        ) from error
+
+
+def _loaded(arrays: Mapping[str, Array], index: int) -> Sample:
+    about = json.loads(str(arrays[f"{index}/about"][0]))
+
+    def tensors(kind: str) -> tuple[Array, ...]:
+        names = [name for name in arrays if name.startswith(f"{index}/{kind}/")]
+        return tuple(arrays[f"{index}/{kind}/{j}"] for j in range(len(names)))
+
+    sample = Sample(
+        **about, inputs=tensors("inputs"), found=tensors("found"), expected=tensors("expected")
+    )
+    spec = find_op(sample.op)
+    if (len(sample.inputs), len(sample.expected)) != (len(spec.inputs), len(spec.outputs)):
+        raise ValueError(f"sample {index} does not fit operator {sample.op}")
+    return sample

@@ -1,0 +1,387 @@
+#include "core/plugin.h"
+#include "core/error.h"
+#include "core/log.h"
+#include "core/registry.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+namespace edgeattn
+{
+namespace
+{
+
+using nvinfer1::DataType;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+constexpr int32_t kSUCCESS = 0;
+constexpr int32_t kFAILURE = 1;
+
+int32_t codeOf(bool succeeded)
+{
+    return succeeded ? kSUCCESS : kFAILURE;
+}
+
+DataType typeOf(Dtype dtype)
+{
+    switch (dtype)
+    {
+    case Dtype::kFP32: return DataType::kFLOAT;
+    case Dtype::kFP16: return DataType::kHALF;
+    case Dtype::kBF16: return DataType::kBF16;
+    case Dtype::kINT32: return DataType::kINT32;
+    case Dtype::kINT8: return DataType::kINT8;
+    case Dtype::kBOOL: return DataType::kBOOL;
+    }
+    throw Error("a dtype of the dossiers", "there is another", "add it to typeOf");
+}
+
+//! The first of the operator's tensors, inputs before outputs, of a type variable.
+int32_t firstOf(OpInfo const& op, char const* variable)
+{
+    int32_t position = 0;
+    for (auto const& tensors : {op.inputs, op.outputs})
+    {
+        for (auto const& tensor : tensors)
+        {
+            if (std::strcmp(tensor.variable, variable) == 0)
+            {
+                return position;
+            }
+            ++position;
+        }
+    }
+    return -1;
+}
+
+constexpr char const* kKERNEL_VARIABLE = "T";
+
+bool isAllowed(OpInfo const& op, TensorInfo const& tensor, DataType type)
+{
+    bool const compiled = std::strcmp(tensor.variable, kKERNEL_VARIABLE) == 0;
+    return std::any_of(tensor.dtypes.begin(), tensor.dtypes.end(),
+        [&](Dtype dtype) { return typeOf(dtype) == type && (!compiled || hasKernels(op, dtype)); });
+}
+
+template <typename TypeAt>
+Dtype kernelDtype(OpInfo const& op, TypeAt&& typeAt)
+{
+    int32_t const position = firstOf(op, kKERNEL_VARIABLE);
+    for (auto const dtype : op.inputs[position].dtypes)
+    {
+        if (typeOf(dtype) == typeAt(position))
+        {
+            return dtype;
+        }
+    }
+    throw Error(std::string(op.inputs[position].name) + " in a dtype of the operator",
+        "it has TensorRT's type " + std::to_string(static_cast<int32_t>(typeAt(position))), "cast it in the model");
+}
+
+std::string textOf(OpInfo const& op, TensorInfo const& tensor)
+{
+    std::string text;
+    for (auto const& dim : tensor.shape)
+    {
+        text += text.empty() ? "[" : ", ";
+        text += dim.symbol >= 0 ? op.symbols[dim.symbol] : std::to_string(dim.size);
+    }
+    return tensor.name + (" " + text) + "]";
+}
+
+std::string textOf(nvinfer1::Dims const& dims)
+{
+    std::string text = "[";
+    for (int32_t i = 0; i < dims.nbDims; ++i)
+    {
+        text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
+    }
+    return text + "]";
+}
+
+constexpr char const* kGIVE_SHAPES = "give tensors of the operator's shapes";
+
+Error misfit(OpInfo const& op, TensorInfo const& tensor, nvinfer1::Dims const& dims, std::string const& condition)
+{
+    return {textOf(op, tensor) + condition, "its shape is " + textOf(dims), kGIVE_SHAPES};
+}
+
+void requireCount(char const* kind, int32_t expected, int32_t came)
+{
+    if (came != expected)
+    {
+        throw Error(std::to_string(expected) + " " + kind, std::to_string(came) + " came", kGIVE_SHAPES);
+    }
+}
+
+//! The sizes of all symbols.
+//!
+//! \param dimsOf dimensions of the i-th input.
+//! \param exact whether those of one symbol must agree, as at run time; of bounds the largest is taken.
+template <typename DimsOf>
+Sizes bind(OpInfo const& op, bool exact, DimsOf&& dimsOf)
+{
+    Sizes sizes;
+    sizes.fill(-1);
+    for (int32_t i = 0; i < op.inputs.size; ++i)
+    {
+        TensorInfo const& tensor = op.inputs[i];
+        nvinfer1::Dims const& dims = dimsOf(i);
+        if (dims.nbDims != tensor.shape.size)
+        {
+            throw misfit(op, tensor, dims, "");
+        }
+        for (int32_t d = 0; d < dims.nbDims; ++d)
+        {
+            DimInfo const& dim = tensor.shape[d];
+            bool const isSymbol = dim.symbol >= 0;
+            int64_t const known = isSymbol ? sizes[dim.symbol] : dim.size;
+            if (exact && known >= 0 && dims.d[d] != known)
+            {
+                throw misfit(op, tensor, dims,
+                    isSymbol ? std::string(" with ") + op.symbols[dim.symbol] + " = " + std::to_string(known) : "");
+            }
+            if (dims.d[d] > INT32_MAX)
+            {
+                throw misfit(op, tensor, dims, " with sizes below 2^31");
+            }
+            if (isSymbol)
+            {
+                sizes[dim.symbol] = static_cast<int32_t>(std::max(known, dims.d[d]));
+            }
+        }
+    }
+    return sizes;
+}
+
+Sizes bind(OpInfo const& op, PluginTensorDesc const* inputs)
+{
+    return bind(op, true, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].dims; });
+}
+
+Sizes smallestOf(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
+{
+    return bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].min; });
+}
+
+Sizes largestOf(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
+{
+    return bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].max; });
+}
+
+//! The dtype that the kernels are compiled for.
+Dtype kernelDtype(OpInfo const& op, PluginTensorDesc const* inputs)
+{
+    return kernelDtype(op, [&](int32_t i) { return inputs[i].type; });
+}
+
+Dtype kernelDtype(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
+{
+    return kernelDtype(op, [&](int32_t i) { return inputs[i].desc.type; });
+}
+
+bool isKnown(OpInfo const& op, Sizes const& sizes)
+{
+    return std::all_of(sizes.begin(), sizes.begin() + op.symbols.size, [](int32_t size) { return size >= 0; });
+}
+
+//! The input dimension behind a symbol.
+nvinfer1::IDimensionExpr const* find(OpInfo const& op, nvinfer1::DimsExprs const* inputs, int32_t symbol)
+{
+    for (int32_t i = 0; i < op.inputs.size; ++i)
+    {
+        for (int32_t d = 0; d < op.inputs[i].shape.size; ++d)
+        {
+            if (op.inputs[i].shape[d].symbol == symbol)
+            {
+                return inputs[i].d[d];
+            }
+        }
+    }
+    throw Error("every size of an output among those of the inputs", std::string(op.symbols[symbol]) + " is not",
+        "correct the operator's dossier");
+}
+
+} // namespace
+
+Plugin::Plugin(OpInfo const& op, std::string const& attributes)
+    : mOp(op)
+    , mTimingCacheId(std::string(kKERNELS_SHA256) + attributes)
+{
+}
+
+nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept
+{
+    switch (type)
+    {
+    case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+nvinfer1::IPluginV3* Plugin::clone() noexcept
+{
+    nvinfer1::IPluginV3* cloned = nullptr;
+    guarded(mOp.name, "clone", [&] { cloned = copy(); });
+    return cloned;
+}
+
+char const* Plugin::getPluginName() const noexcept
+{
+    return mOp.name;
+}
+
+char const* Plugin::getPluginVersion() const noexcept
+{
+    return mOp.version;
+}
+
+char const* Plugin::getPluginNamespace() const noexcept
+{
+    return mOp.pluginNamespace;
+}
+
+int32_t Plugin::configurePlugin(
+    DynamicPluginTensorDesc const* inputs, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) noexcept
+{
+    return codeOf(guarded(mOp.name, "configurePlugin", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        for (auto const& sizes : {smallestOf(mOp, inputs), largestOf(mOp, inputs)})
+        {
+            if (isKnown(mOp, sizes))
+            {
+                checkSizes(kernelDtype(mOp, inputs), sizes);
+            }
+        }
+    }));
+}
+
+int32_t Plugin::getOutputDataTypes(
+    DataType* outputs, int32_t nbOutputs, DataType const* inputs, int32_t nbInputs) const noexcept
+{
+    return codeOf(guarded(mOp.name, "getOutputDataTypes", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        requireCount("outputs", mOp.outputs.size, nbOutputs);
+        for (int32_t i = 0; i < nbOutputs; ++i)
+        {
+            int32_t const first = firstOf(mOp, mOp.outputs[i].variable);
+            outputs[i] = first < nbInputs ? inputs[first] : typeOf(mOp.outputs[i].dtypes[0]);
+        }
+    }));
+}
+
+int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const*,
+    int32_t, nvinfer1::DimsExprs* outputs, int32_t nbOutputs, nvinfer1::IExprBuilder& builder) noexcept
+{
+    return codeOf(guarded(mOp.name, "getOutputShapes", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        requireCount("outputs", mOp.outputs.size, nbOutputs);
+        for (int32_t i = 0; i < nbInputs; ++i)
+        {
+            if (inputs[i].nbDims != mOp.inputs[i].shape.size)
+            {
+                throw Error(textOf(mOp, mOp.inputs[i]), "it has " + std::to_string(inputs[i].nbDims) + " dimensions",
+                    kGIVE_SHAPES);
+            }
+        }
+        for (int32_t i = 0; i < nbOutputs; ++i)
+        {
+            auto const& shape = mOp.outputs[i].shape;
+            outputs[i].nbDims = shape.size;
+            for (int32_t d = 0; d < shape.size; ++d)
+            {
+                outputs[i].d[d]
+                    = shape[d].symbol >= 0 ? find(mOp, inputs, shape[d].symbol) : builder.constant(shape[d].size);
+            }
+        }
+    }));
+}
+
+bool Plugin::supportsFormatCombination(
+    int32_t position, DynamicPluginTensorDesc const* tensors, int32_t nbInputs, int32_t nbOutputs) noexcept
+{
+    bool supported = false;
+    guarded(mOp.name, "supportsFormatCombination", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        requireCount("outputs", mOp.outputs.size, nbOutputs);
+        TensorInfo const& tensor = position < nbInputs ? mOp.inputs[position] : mOp.outputs[position - nbInputs];
+        PluginTensorDesc const& desc = tensors[position].desc;
+        // What comes behind this position is not decided yet.
+        int32_t const first = std::min(firstOf(mOp, tensor.variable), position);
+        supported = desc.format == nvinfer1::TensorFormat::kLINEAR && isAllowed(mOp, tensor, desc.type)
+            && desc.type == tensors[first].desc.type;
+    });
+    return supported;
+}
+
+int32_t Plugin::getNbOutputs() const noexcept
+{
+    return mOp.outputs.size;
+}
+
+size_t Plugin::getWorkspaceSize(
+    DynamicPluginTensorDesc const* inputs, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) const noexcept
+{
+    size_t size = SIZE_MAX; // not to be had: better no engine than one that writes behind its workspace
+    guarded(mOp.name, "getWorkspaceSize", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        Sizes const largest = largestOf(mOp, inputs);
+        if (!isKnown(mOp, largest))
+        {
+            throw Error(
+                "largest sizes of all inputs", "some are not known", "give the builder an optimization profile");
+        }
+        size = workspaceOf(kernelDtype(mOp, inputs), largest);
+    });
+    return size;
+}
+
+char const* Plugin::getTimingCacheID() noexcept
+{
+    return mTimingCacheId.c_str();
+}
+
+int32_t Plugin::getAliasedInput(int32_t output) noexcept
+{
+    return output >= 0 && output < mOp.outputs.size ? mOp.outputs[output].updates : -1;
+}
+
+nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept
+{
+    // Which kernels are needed depends on shapes and dtype: onShapeChange loads them.
+    return clone();
+}
+
+int32_t Plugin::onShapeChange(
+    PluginTensorDesc const* inputs, int32_t nbInputs, PluginTensorDesc const*, int32_t) noexcept
+{
+    return codeOf(guarded(mOp.name, "onShapeChange", [&] {
+        requireCount("inputs", mOp.inputs.size, nbInputs);
+        Sizes const sizes = bind(mOp, inputs);
+        Dtype const dtype = kernelDtype(mOp, inputs);
+        checkSizes(dtype, sizes);
+        loadFor(dtype, sizes);
+    }));
+}
+
+int32_t Plugin::enqueue(PluginTensorDesc const* inputDescs, PluginTensorDesc const*, void const* const* inputs,
+    void* const* outputs, void* workspace, cudaStream_t stream) noexcept
+{
+    return codeOf(
+        guarded(mOp.name, "enqueue", [&] { launchFor(bind(mOp, inputDescs), inputs, outputs, workspace, stream); }));
+}
+
+nvinfer1::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept
+{
+    bool const succeeded = guarded(mOp.name, "getFieldsToSerialize", [&] {
+        mFields = fields();
+        mFieldCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
+    });
+    return succeeded ? &mFieldCollection : nullptr;
+}
+
+} // namespace edgeattn

@@ -1,0 +1,216 @@
+"""The plugin library as a file: reading its table, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+
+import onnx
+import pytest
+
+pytest.importorskip("torch")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import op_model
+
+from edgeattn.engine.embed_cubins import TABLE_MARKER
+from edgeattn.engine.plugins import (
+    PLUGIN_ABI,
+    PluginLibrary,
+    expected_layers,
+    missing_plugins,
+    plugin_nodes,
+    read_library,
+    require_variants,
+    runs_on,
+)
+from edgeattn.errors import BundleError, LoweringError
+from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
+from edgeattn.ops.recurrent_linear_attention import SPEC
+from edgeattn.ops.spec import Case
+
+MACHINES = {"x86_64": 62, "aarch64": 183}
+KERNELS = {
+    "decode": {"BLOCK": 64, "BLOCK_V": 64},
+    "prepare": {"BLOCK": 64, "CHANNELS": 0, "CHUNK": 64},
+    "states": {"BLOCK": 64, "CHANNELS": 0, "CHUNK": 64},
+    "outputs": {"BLOCK": 64, "CHANNELS": 0, "CHUNK": 64},
+}
+
+
+def table(**changed: object) -> dict:
+    variants = [
+        {"kernel": f"recurrent_linear_attention.{n}", "dtype": "fp16", "constants": c, "sm": sm}
+        for n, c in KERNELS.items()
+        for sm in (80, 87)
+    ]
+    facts = {
+        "abi": PLUGIN_ABI,
+        "arch": "aarch64",
+        "tensorrt_headers": "10.14",
+        "triton": "3.7.1",
+        "kernels_sha256": "0" * 64,
+        "ops": ["RecurrentLinearAttention"],
+        "variants": variants,
+    }
+    return {**facts, **changed}
+
+
+def library_file(folder: Path, content: dict, *, machine: str = "aarch64") -> Path:
+    """The bytes of a library as far as they are read."""
+    head = b"\x7fELF" + bytes(14) + struct.pack("<H", MACHINES[machine]) + bytes(100)
+    file = folder / "libedgeattn_plugins.so"
+    text = f"\0{TABLE_MARKER}{json.dumps(content)}\0"
+    file.write_bytes(head + text.encode() + bytes(50))
+    return file
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> PluginLibrary:
+    return read_library(library_file(tmp_path, table()))
+
+
+def case(**changed: int) -> Case:
+    dims = {"B": 1, "H": 2, "Hkv": 2, "T": 20, "Dk": 64, "Dv": 64, "Dg": 1}
+    attributes = {n: changed.pop(n) for n in ("delta", "normalise") if n in changed}
+    return Case("one", {**dims, **changed}, "fp16", attributes)
+
+
+def nodes(case: Case, *dynamic: str):
+    return plugin_nodes(op_model(SPEC, case, 21, dynamic=dynamic))
+
+
+def test_the_table_of_another_architecture_is_read(library: PluginLibrary) -> None:
+    assert (library.abi, library.arch, library.sms) == (PLUGIN_ABI, "aarch64", (80, 87))
+    assert len(library.variants) == 8
+    assert json.loads(json.dumps(library.to_dict()))["ops"] == ["RecurrentLinearAttention"]
+    library.require("aarch64")
+
+
+def test_a_library_for_another_processor_or_abi_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"for x86_64, but .* is for aarch64"):
+        read_library(library_file(tmp_path, table())).require("x86_64")
+    other = read_library(library_file(tmp_path, table(abi=PLUGIN_ABI + 1)))
+    with pytest.raises(BundleError, match=f"ABI {PLUGIN_ABI}, but .* ABI {PLUGIN_ABI + 1}"):
+        other.require("aarch64")
+
+
+def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="there is none"):
+        read_library(tmp_path / "none.so")
+    with pytest.raises(BundleError, match=r"there is none|Is a directory|system says"):
+        read_library(tmp_path)
+    text = tmp_path / "text.so"
+    text.write_text("no ELF")
+    with pytest.raises(BundleError, match="no shared library"):
+        read_library(text)
+    with pytest.raises(BundleError, match="no table"):
+        read_library(Path("/bin/sh"))
+    with pytest.raises(BundleError, match="it says x86_64 and is for aarch64"):
+        read_library(library_file(tmp_path, table(arch="x86_64")))
+
+
+@given(cut=st.integers(0, 2000), junk=st.binary(max_size=20))
+def test_a_damaged_library_is_refused_in_a_sentence_or_read(
+    cut: int, junk: bytes, tmp_path_factory
+) -> None:
+    file = library_file(tmp_path_factory.mktemp("damaged"), table())
+    content = file.read_bytes()
+    file.write_bytes(content[:cut] + junk + content[cut + len(junk) :])
+    with contextlib.suppress(BundleError):
+        assert read_library(file).path == file
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"variants": [{"kernel": "a"}]}, "does not read"),
+        ({"variants": 3}, "does not read"),
+        ({"unknown": 1}, "does not read"),
+    ],
+)
+def test_a_table_of_another_shape_is_refused(tmp_path: Path, changed: dict, words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        read_library(library_file(tmp_path, table(**changed)))
+
+
+def test_nodes_are_read_from_a_graph() -> None:
+    (node,) = nodes(case(delta=1), "B", "T")
+    assert (node.op, node.dtype) == ("RecurrentLinearAttention", "fp16")
+    assert node.shapes[0] == (None, 2, None, 64)
+    assert node.attributes["delta"] == 1
+    assert node.attributes["epsilon"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 87, 89])
+@pytest.mark.parametrize("dynamic", [(), ("T",)])
+@pytest.mark.parametrize("delta", [0, 1])
+def test_a_graph_with_kernels_passes(library, sm, dynamic, delta) -> None:
+    require_variants(library, nodes(case(delta=delta), *dynamic), sm)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sm", "words"),
+    [
+        ({}, 90, r"recurrent_linear_attention.*on SM 90 .*it holds that for SM 80, 87"),
+        ({}, 75, "on SM 75"),
+        ({"Dk": 128}, 87, "BLOCK=128"),
+        ({"Dk": 40, "Dv": 24, "T": 3}, 87, ""),
+        ({"Dg": 64}, 87, "CHANNELS=1"),
+        ({"Dk": 256}, 87, "head dimensions that are multiples of 8 up to 128"),
+        ({"Dv": 12}, 87, "head dimensions that are multiples of 8"),
+    ],
+    ids=str,
+)
+def test_a_missing_kernel_is_named(library, changed: dict, sm: int, words: str) -> None:
+    found = nodes(case(**changed))
+    if not words:
+        require_variants(library, found, sm)
+        return
+    with pytest.raises(LoweringError, match=words):
+        require_variants(library, found, sm)
+
+
+def test_another_dtype_is_named(library: PluginLibrary) -> None:
+    one = case()
+    found = nodes(Case(one.name, one.dims, "bf16"))
+    with pytest.raises(LoweringError, match=r"in bf16 with BLOCK=64"):
+        require_variants(library, found, 87)
+
+
+def test_operators_without_a_plugin_keep_their_body(library: PluginLibrary) -> None:
+    model = op_model(HADAMARD, HADAMARD.cases[0], 21)
+    found = plugin_nodes(model)
+    require_variants(library, found, 90)
+    assert expected_layers(library, found) == 0
+    assert expected_layers(None, nodes(case())) == 0
+    assert expected_layers(library, nodes(case())) == 1
+    assert missing_plugins(model, found) == set()
+    del model.functions[:]
+    assert missing_plugins(model, found) == {"HadamardTransform"}
+
+
+def test_an_unknown_operator_is_refused() -> None:
+    model = op_model(SPEC, case(), 21)
+    model.graph.node[0].op_type = "FutureAttention"
+    with pytest.raises(LoweringError, match="FutureAttention"):
+        plugin_nodes(model)
+    assert plugin_nodes(onnx.ModelProto()) == []
+
+
+RUNS = {75: {75}, 80: {80}, 86: {80, 86}, 87: {87}, 89: {80, 86, 89}, 90: {90}, 100: {100}}
+
+
+@pytest.mark.parametrize("sm", RUNS)
+def test_which_cubins_a_gpu_runs(sm: int) -> None:
+    assert {compiled for compiled in (*RUNS, 110, 120, 121) if runs_on(sm, compiled)} == RUNS[sm]
+
+
+def test_the_abi_is_that_of_the_header() -> None:
+    from importlib.resources import files
+
+    header = files("edgeattn.plugins").joinpath("include/edgeattn/plugins.h").read_text("utf-8")
+    assert f"#define EDGEATTN_PLUGIN_ABI {PLUGIN_ABI}\n" in header
