@@ -134,17 +134,22 @@ def _operand(x: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
 
 
 @_jit
-def _into(
+def _decay_sums(
     log_decay: tl.tensor,
-    first: tl.tensor,
-    T: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
     DG: tl.tensor,
-    CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
 ) -> tl.tensor:
-    """What is left in each row of the state before the first, e: `[CHUNK, WIDTH]`."""
-    rows = first + tl.arange(0, CHUNK)
-    return tl.exp(tl.cumsum(_load(log_decay, rows, tl.arange(0, WIDTH), T, DG), axis=0))
+    """Sums of log-decays up to each of the rows before `end`, or from each: `[rows, WIDTH]`."""
+    if WIDTH == 1:  # Triton 3.6 cannot sum up a matrix of one column
+        g = tl.load(log_decay + rows, mask=rows < end, other=0.0)
+        sums = tl.cumsum(g, axis=0, reverse=REVERSE)[:, None]
+    else:
+        g = _load(log_decay, rows, tl.arange(0, WIDTH), end, DG)
+        sums = tl.cumsum(g, axis=0, reverse=REVERSE)
+    return sums
 
 
 @_jit
@@ -163,14 +168,13 @@ def _left(
         Of the state before the first, e_C: `[1, WIDTH]`, or one number, which has no layout that
             Triton could choose badly.
     """
-    rows, channels = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    following = _load(log_decay, rows + 1, channels, tl.minimum(first + ROWS, T), DG)
-    sums = tl.cumsum(following, axis=0, reverse=True)
+    rows = first + tl.arange(0, ROWS)
+    sums = _decay_sums(log_decay, rows + 1, tl.minimum(first + ROWS, T), DG, WIDTH, REVERSE=True)
     if WIDTH == 1:
         whole = tl.sum(tl.load(log_decay + rows, mask=rows < T, other=0.0))
     else:
         whole = tl.sum(tl.where(rows[:, None] == first, sums, 0.0), axis=0)[None, :]
-        whole += _row(log_decay, first, channels, T, DG)[None, :]
+        whole += _row(log_decay, first, tl.arange(0, WIDTH), T, DG)[None, :]
     return tl.exp(sums), tl.exp(whole)
 
 
@@ -333,7 +337,7 @@ def prepare(
     x = _inverse(a, CHUNK, INVERSE) * rate[None, :]
     values = _load(v + head * T * DV, rows, columns, T, DV)
     _store(u + head * T * DV, rows, columns, T, DV, _dot(x, values, PRECISION))
-    into = _into(log_decay, first, T, DG, CHUNK, WIDTH)
+    into = tl.exp(_decay_sums(log_decay, rows, T, DG, WIDTH, REVERSE=False))
     _store(w + head * T * DK, rows, columns, T, DK, _dot(x, keys * into, PRECISION))
 
 
@@ -456,7 +460,7 @@ def outputs(
     queries = _load(q + head * T * DK, rows, columns, T, DK)
     state = tl.trans(_load(states + span * DK * DV, values, columns, DV, DK))
     normaliser = normalisers + span * DK
-    decays = _into(log_decay, first, T, DG, CHUNK, WIDTH)
+    decays = tl.exp(_decay_sums(log_decay, rows, T, DG, WIDTH, REVERSE=False))
     if not CHANNELS:  # now, since that frees registers
         recalled, weights = _recall(queries, state, normaliser, columns, DK, normalise, PRECISION)
     scores = _scores(queries, k, log_decay, first, T, DK, CHUNK, BLOCK, WIDTH, PRECISION)

@@ -1,0 +1,193 @@
+"""`edgeattn plugins` and the libraries of an export, with the smallest subset of kernels."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import onnx
+from click.testing import CliRunner
+from op_cases import op_model
+
+from edgeattn.cli import main
+from edgeattn.cli.plugins import command
+from edgeattn.devices.registry import parse_target
+from edgeattn.engine import toolchain
+from edgeattn.engine.plugins import LIBRARY, read_library
+from edgeattn.engine.tensorrt_rtx import check_build, is_available
+from edgeattn.errors import BundleError, EdgeattnError, LoweringError
+from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
+from edgeattn.ops.recurrent_linear_attention import SPEC
+from edgeattn.ops.spec import Case
+from edgeattn.pipeline import plugins
+
+
+def missing_tools() -> str:
+    """What the machine lacks to build both libraries, empty where it lacks nothing."""
+    if find_spec("triton") is None:
+        return "Triton (extra kernels)"
+    try:
+        for arch in toolchain.ARCHITECTURES:
+            toolchain.find_toolchain(arch)
+    except EdgeattnError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"missing: {missing_tools()}")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for this file, as one user has."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Zig's C++ runtime takes a minute to build and is the same whatever we compile.
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+def build(output: Path, *arguments: str) -> dict:
+    given = ["build", "--subset", "smoke", "-o", str(output), *arguments, "--json"]
+    result = CliRunner().invoke(command, given, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def model(folder: Path, **changed: int) -> Path:
+    dims = {"B": 1, "H": 2, "Hkv": 2, "T": 20, "Dk": 64, "Dv": 64, "Dg": 1, **changed}
+    file = folder / "model.onnx"
+    onnx.save(op_model(SPEC, Case("one", dims, "fp16"), 21), file)
+    return file
+
+
+def test_a_library_is_built_placed_and_read(tmp_path: Path) -> None:
+    facts = build(tmp_path, "--arch", "aarch64", "--sm", "87,110")
+    assert facts["path"] == str(tmp_path / "aarch64" / LIBRARY)
+    assert (facts["arch"], facts["ops"]) == ("aarch64", ["RecurrentLinearAttention"])
+    assert sorted({variant["sm"] for variant in facts["variants"]}) == [87, 110]
+    assert [file.name for file in (tmp_path / "aarch64").iterdir()] == [LIBRARY]
+    shown = CliRunner().invoke(command, ["info", facts["path"]]).output
+    for words in ("aarch64, ABI 1", "SM 87, SM 110", "plugin RecurrentLinearAttention"):
+        assert words in shown
+
+
+def test_a_graph_gets_the_library_of_its_target_and_one_for_the_check_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = functools.partial(plugins.build_plugins, subset="smoke")
+    monkeypatch.setattr(plugins, "build_plugins", smoke)
+    found = plugins.plugins_for(model(tmp_path), parse_target("jetson-orin"))
+    assert found is not None
+    assert (found.target.arch, found.target.sms) == ("aarch64", (87,))
+    if not is_available():
+        pytest.skip("TensorRT-RTX (extra rtx) is not installed")
+    assert found.host is not None
+    assert (found.host.arch, found.host.sms) == (platform.machine(), (86,))
+    report = check_build(
+        tmp_path / "model.onnx", sm=86, profiles={}, timeout_s=300, plugin_library=found.host.path
+    )
+    assert (report.status, report.plugin_layers) == ("built", 1), report.reason
+    with pytest.raises(BundleError, match=r"for x86_64, but .* is for aarch64"):
+        check_build(
+            tmp_path / "model.onnx",
+            sm=86,
+            profiles={},
+            timeout_s=300,
+            plugin_library=found.target.path,
+        )
+    with pytest.raises(LoweringError, match=r"BLOCK=128 .*SM 87"):
+        plugins.plugins_for(model(tmp_path, Dk=128), parse_target("jetson-orin"))
+
+
+def test_a_given_library_is_taken_where_it_fits(tmp_path: Path) -> None:
+    build(tmp_path, "--arch", "aarch64", "--sm", "87,110")
+    library = tmp_path / "aarch64" / LIBRARY
+    file = model(tmp_path)
+    with pytest.raises(BundleError, match="for x86_64"):
+        plugins.plugins_for(file, parse_target("l4"), library=library)
+    with pytest.raises(BundleError, match="there is none"):
+        plugins.plugins_for(file, parse_target("jetson-orin"), library=tmp_path / "none.so")
+
+
+def test_graphs_that_need_no_library_get_none(tmp_path: Path) -> None:
+    file = model(tmp_path)
+    assert plugins.plugins_for(file, parse_target("cpu")) is None
+    onnx.save(op_model(HADAMARD, HADAMARD.cases[1], 21), file)
+    assert plugins.plugins_for(file, parse_target("jetson-orin")) is None
+
+
+def test_without_library_or_body_the_missing_plugin_is_named(tmp_path: Path) -> None:
+    file = model(tmp_path)
+    proto = onnx.load(file)
+    del proto.functions[:]
+    onnx.save(proto, file)
+    with pytest.raises(LoweringError, match=r"the plugin RecurrentLinearAttention.*plugins build"):
+        check_build(file, sm=86, profiles={}, timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["--arch", "riscv"], "known architecture", 2),
+        (["--sm", "88"], "an SM among", 2),
+        (["--sm", "87;110"], "--sm with numbers", 2),
+        (["--subset", "smoek"], "smoke", 2),
+        (["--tensorrt", "."], "", 1),
+    ],
+    ids=str,
+)
+def test_refusals(
+    arguments: list[str], words: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["plugins", "build", "-o", str(tmp_path / "out"), *arguments])
+    assert exit.value.code == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_headers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(toolchain.TENSORRT_VARIABLE, str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["plugins", "build", "-o", str(tmp_path / "out")])
+    assert f"NvInferRuntime.h in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    with pytest.raises(EdgeattnError, match=r"g\+\+-aarch64-linux-gnu and no ziglang.*ziglang"):
+        toolchain._find_compiler("aarch64")
+    with pytest.raises(EdgeattnError, match=r"CMake.*edgeattn\[plugins\]"):
+        toolchain._find_cmake()
+
+
+def test_an_interrupted_copy_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    build(tmp_path / "first", "--arch", "aarch64", "--sm", "87,110")
+    library = read_library(tmp_path / "first" / "aarch64" / LIBRARY)
+
+    def interrupted(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plugins.place_library(library, tmp_path / "second")
+    assert os.listdir(tmp_path / "second" / "aarch64") == []
