@@ -22,6 +22,7 @@ GLIBC = (2, 35)
 TENSORRT_VARIABLE = "EDGEATTN_TENSORRT_INCLUDE"
 CUDA_VARIABLE = "EDGEATTN_CUDA_INCLUDE"
 
+_TENSORRT_HEADER = "NvInferRuntime.h"
 _DEBIAN = {"x86_64": "g++-x86-64-linux-gnu", "aarch64": "g++-aarch64-linux-gnu"}
 _GLIBC_VERSION = re.compile(rb"\0GLIBC_(\d+)\.(\d+)")
 
@@ -64,6 +65,12 @@ def find_toolchain(arch: str, *, tensorrt: Path | None = None) -> Toolchain:
     Raises:
         MissingDependencyError: something is missing; the sentence says what to install.
     """
+    if tensorrt is not None and not (tensorrt / _TENSORRT_HEADER).is_file():
+        raise MissingDependencyError(
+            expected=f"{_TENSORRT_HEADER} in {tensorrt}",
+            came="it is not there",
+            todo="name the folder that holds TensorRT's headers",
+        )
     return Toolchain(
         arch, _find_compiler(arch), _find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
     )
@@ -174,7 +181,7 @@ def _find_cmake() -> str:
 def _find_tensorrt() -> Path:
     places = [Path(f"/usr/include/{machine}-linux-gnu") for machine in ARCHITECTURES]
     return _find_header(
-        "NvInferRuntime.h",
+        _TENSORRT_HEADER,
         TENSORRT_VARIABLE,
         [*places, Path("/usr/include")],
         f"TensorRT's headers 10.3 or later: install libnvinfer-headers-dev, or unpack NVIDIA's "

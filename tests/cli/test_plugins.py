@@ -145,7 +145,7 @@ def test_without_library_or_body_the_missing_plugin_is_named(tmp_path: Path) -> 
         (["--sm", "88"], "an SM among", 2),
         (["--sm", "87;110"], "--sm with numbers", 2),
         (["--subset", "smoek"], "smoke", 2),
-        (["--tensorrt", "."], "", 1),
+        (["--tensorrt", "."], "NvInferRuntime.h in .", 1),
     ],
     ids=str,
 )
