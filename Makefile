@@ -48,10 +48,11 @@ $(HEADERS)/NvInferRuntime.h: $(VENV)/.developer
 # Optional: runs the Jetson's library here. Without root its tests skip by name.
 .PHONY: tools
 tools:
-	@if ! command -v qemu-aarch64 >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing Debian's qemu-user, to load the aarch64 library in tests"; \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user; } >/dev/null 2>&1 \
-			|| echo "qemu-user could not be installed: its tests will be skipped"; \
+	@if { ! command -v qemu-aarch64 >/dev/null || [ ! -d /usr/aarch64-linux-gnu/lib ]; } \
+		&& [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Debian's qemu-user and libc6-arm64-cross, to load the aarch64 library in tests"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user libc6-arm64-cross; } \
+			>/dev/null 2>&1 || echo "they could not be installed: their tests will be skipped"; \
 	fi
 
 test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools

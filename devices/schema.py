@@ -37,10 +37,14 @@ class Sourced(_Record):
 
 
 class Gpu(Sourced):
-    """Compute capability as an int (87), and the closest one TensorRT-RTX can build for."""
+    """Compute capability as an int (87), and the closest one TensorRT-RTX can build for.
+
+    `host` is the processor beside it, for which a plugin library is compiled.
+    """
 
     sm: ComputeCapability
     nearest_rtx_sm: ComputeCapability
+    host: Literal["x86_64", "aarch64"]
 
 
 class Memory(Sourced):

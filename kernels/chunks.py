@@ -108,7 +108,8 @@ def operand(x: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
         x = x.to(tl.float32)
     elif PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + (1 << 12)) >> 13 << 13).to(tl.float32, bitcast=True)
+        rounded = ((bits + (1 << 12)) >> 13 << 13).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a NaN of all ones would become 0
     return x
 
 

@@ -182,6 +182,7 @@ def states(
     # Rows of a step without `delta`, and loads ahead: what registers and 99 KiB hold.
     ROWS: tl.constexpr = CHUNK if CHANNELS or BLOCK == 128 else 2 * CHUNK
     STAGES: tl.constexpr = 2 if k.dtype.element_ty == tl.float32 else 3
+    tl.static_assert(SPAN % ROWS == 0, "a span must begin where a step does")
     DK, DV, DG = aligned(DK), aligned(DV), aligned(DG) if CHANNELS else 1
     block, head = place_program(tl.cdiv(DV, BLOCK_V))
     columns, values = tl.arange(0, BLOCK), block * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -60,6 +60,7 @@ class PluginLibrary:
         kernels_sha256: of all its kernels.
         ops: names of the operators it has plugins for.
         variants: its kernels.
+        bytes: size of the file.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class PluginLibrary:
     kernels_sha256: str
     ops: tuple[str, ...]
     variants: tuple[CompiledVariant, ...]
+    bytes: int
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -78,20 +80,14 @@ class PluginLibrary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {**asdict(self), "path": str(self.path), "bytes": self.path.stat().st_size}
+        return {**asdict(self), "path": str(self.path)}
 
     def require(self, arch: str) -> None:
-        """Refuses a library that this edgeattn, or that processor, cannot load.
+        """Refuses a library for another processor.
 
         Raises:
-            BundleError: its ABI or its architecture is another.
+            BundleError: its architecture is another.
         """
-        if self.abi != PLUGIN_ABI:
-            raise BundleError(
-                expected=f"a plugin library of ABI {PLUGIN_ABI}",
-                came=f"{self.path} is of ABI {self.abi}",
-                todo="build it with this edgeattn: edgeattn plugins build",
-            )
         if self.arch != arch:
             raise BundleError(
                 expected=f"a plugin library for {arch}",
@@ -104,7 +100,8 @@ def read_library(path: Path) -> PluginLibrary:
     """Reads the table of a library without loading it.
 
     Raises:
-        BundleError: there is no such file, or it is no library of edgeattn's plugins.
+        BundleError: there is no such file, or it is no library of edgeattn's plugins, or one of
+            another ABI.
     """
     try:
         content = path.read_bytes()
@@ -121,9 +118,11 @@ def read_library(path: Path) -> PluginLibrary:
     begin += len(marker)
     try:
         table = json.loads(content[begin : content.index(b"\0", begin)])
+        if table["abi"] != PLUGIN_ABI:  # its other fields may mean something else
+            raise _other_abi(path, table["abi"])
         variants = tuple(CompiledVariant(**variant) for variant in table.pop("variants"))
         ops = tuple(table.pop("ops"))
-        library = PluginLibrary(path, ops=ops, variants=variants, **table)
+        library = PluginLibrary(path, ops=ops, variants=variants, bytes=len(content), **table)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _no_library(path, f"its table does not read ({error})") from error
     if library.arch != _ELF_TYPES[machine]:
@@ -136,6 +135,14 @@ def _no_library(path: Path, came: str) -> BundleError:
         expected=f"edgeattn's plugin library at {path}",
         came=came,
         todo="make one with edgeattn plugins build",
+    )
+
+
+def _other_abi(path: Path, abi: object) -> BundleError:
+    return BundleError(
+        expected=f"a plugin library of ABI {PLUGIN_ABI}",
+        came=f"{path} is of ABI {abi}",
+        todo="build it with this edgeattn: edgeattn plugins build",
     )
 
 
@@ -174,7 +181,7 @@ def plugin_nodes(model: ModelProto) -> list[PluginNode]:
 def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: int) -> None:
     """Refuses a graph some of whose nodes have no kernel in the library.
 
-    Operators without a plugin in the library keep their function body.
+    Operators that have no plugin keep their function body.
 
     Args:
         library: that TensorRT will load.
@@ -185,6 +192,12 @@ def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: in
         LoweringError: naming the node and what is missing.
     """
     for node in nodes:
+        if find_op(node.op).plugin and node.op not in library.ops:
+            raise LoweringError(
+                expected=f"the plugin {node.op}, for node {node.name}",
+                came=f"{library.path} has {', '.join(library.ops) or 'none'}",
+                todo="build a library with this edgeattn: edgeattn plugins build",
+            )
         if node.op not in library.ops:
             continue
         for kernel, constants in _needed(node):
@@ -256,6 +269,12 @@ def _plugin_node(node: NodeProto, known: Mapping[str, tuple[str, Shape | None]])
     names = {attribute.name for attribute in spec.attributes}
     attributes = {n: v.decode() if isinstance(v, bytes) else v for n, v in given.items()}
     complete = spec.complete_attributes({n: v for n, v in attributes.items() if n in names})
+    if len(node.input) != len(spec.inputs):
+        raise LoweringError(
+            expected=f"{len(spec.inputs)} inputs of node {node.name} ({spec.name})",
+            came=f"it has {len(node.input)}",
+            todo="use the edgeattn that exported the graph",
+        )
     shapes = []
     for tensor, name in zip(spec.inputs, node.input, strict=True):
         shape = known.get(name, ("", None))[1]

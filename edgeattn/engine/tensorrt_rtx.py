@@ -138,17 +138,16 @@ def _require_plugins(model: Path, sm: int, plugin_library: Path | None) -> int:
     except DecodeError:
         return 0  # TensorRT's parser says it better
     nodes = plugin_nodes(proto)
-    if plugin_library is None:
-        for op in sorted(missing_plugins(proto, nodes)):
-            raise LoweringError(
-                expected=f"the plugin {op}, as the graph holds no function body of it",
-                came="no plugin library was given",
-                todo="build one with edgeattn plugins build",
-            )
-        return 0
-    library = read_library(plugin_library)
-    library.require(platform.machine())
-    require_variants(library, nodes, sm)
+    library = read_library(plugin_library) if plugin_library else None
+    if library is not None:
+        library.require(platform.machine())
+        require_variants(library, nodes, sm)
+    for op in sorted(missing_plugins(proto, nodes) - set(library.ops if library else ())):
+        raise LoweringError(
+            expected=f"the plugin {op}, as the graph holds no function body of it",
+            came=f"{plugin_library} has none" if library else "no plugin library was given",
+            todo="build one with edgeattn plugins build",
+        )
     return expected_layers(library, nodes)
 
 

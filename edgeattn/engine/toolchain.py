@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,8 +110,16 @@ def build_library(toolchain: Toolchain, sources: Path, embedded: Path, folder: P
     jobs = str(os.cpu_count() or 1)
     _run([toolchain.cmake, "--build", str(folder), "-j", jobs, "--target", "edgeattn_plugins"])
     library = folder / "libedgeattn_plugins.so"
-    _require_old_glibc(library)
-    return library
+    if (newest := _newest_glibc(library)) <= GLIBC:
+        return library
+    zig = _zig(toolchain.arch)
+    if zig and zig != toolchain.compiler:
+        return build_library(replace(toolchain, compiler=zig), sources, embedded, folder / "zig")
+    raise BundleError(
+        expected=f"a plugin library for glibc {GLIBC[0]}.{GLIBC[1]}, that of JetPack 6",
+        came=f"the compiler made one for {newest[0]}.{newest[1]}",
+        todo="pip install ziglang, which compiles for any",
+    )
 
 
 def _wrapper(toolchain: Toolchain, folder: Path) -> Path:
@@ -129,26 +138,31 @@ def _run(command: Sequence[str]) -> None:
     )
     if done.returncode == 0:
         return
-    lines = done.stdout.strip().splitlines()
-    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-    came = next(iter(errors), lines[-1] if lines else f"exit code {done.returncode}")
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    came = _first_error(lines) or (lines[-1] if lines else f"exit code {done.returncode}")
     raise BundleError(
         expected="the plugin library to compile",
-        came=f"{Path(command[0]).name} says: {came.strip()[:300]}",
+        came=f"{Path(command[0]).name} says: {came[:300]}",
         todo="report this with the compiler's and TensorRT's versions",
         details={"log": lines[-200:]},
     )
 
 
-def _require_old_glibc(library: Path) -> None:
-    versions = {(int(a), int(b)) for a, b in _GLIBC_VERSION.findall(library.read_bytes())}
-    newest = max(versions, default=(0, 0))
-    if newest > GLIBC:
-        raise BundleError(
-            expected=f"a plugin library for glibc {GLIBC[0]}.{GLIBC[1]}, that of JetPack 6",
-            came=f"the compiler made one for {newest[0]}.{newest[1]}",
-            todo="pip install ziglang, which compiles for any",
-        )
+def _first_error(lines: Sequence[str]) -> str:
+    """What a compiler or CMake found wrong, empty where neither says so."""
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # what is wrong follows, up to the call stack
+            behind = lines[i + 1 : i + 4]
+            return " ".join(itertools.takewhile(lambda text: "Call Stack" not in text, behind))
+        if re.search(r"\berror\b", line, re.IGNORECASE):
+            return line
+    return ""
+
+
+def _newest_glibc(library: Path) -> tuple[int, int]:
+    """The newest version of the C library that a library asks for."""
+    versions = _GLIBC_VERSION.findall(library.read_bytes())
+    return max(((int(a), int(b)) for a, b in versions), default=(0, 0))
 
 
 def _find_compiler(arch: str) -> tuple[str, ...]:
@@ -156,14 +170,20 @@ def _find_compiler(arch: str) -> tuple[str, ...]:
     for name in (*names, f"{arch}-linux-gnu-g++"):
         if found := shutil.which(name):
             return (found,)
-    if find_spec("ziglang") is not None:
-        target = f"{arch}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
-        return (sys.executable, "-m", "ziglang", "c++", "-target", target)
+    if zig := _zig(arch):
+        return zig
     raise MissingDependencyError(
         expected=f"a C++ compiler for {arch}",
         came=f"there is no {names[0] if names else _DEBIAN[arch]} and no ziglang",
         todo=f"pip install ziglang, or install Debian's {names[0] if names else _DEBIAN[arch]}",
     )
+
+
+def _zig(arch: str) -> tuple[str, ...]:
+    if find_spec("ziglang") is None:
+        return ()
+    target = f"{arch}-linux-gnu.{GLIBC[0]}.{GLIBC[1]}"
+    return (sys.executable, "-m", "ziglang", "c++", "-target", target)
 
 
 def _find_cmake() -> str:
@@ -198,7 +218,9 @@ def _find_cuda() -> Path:
         "cuda_runtime_api.h",
         CUDA_VARIABLE,
         [Path("/usr/local/cuda/include"), *wheels, Path("/usr/include")],
-        f"CUDA's headers: pip install nvidia-cuda-runtime, or name their folder in {CUDA_VARIABLE}",
+        f"CUDA's headers: pip install nvidia-cuda-runtime nvidia-cuda-crt, or name their folder in "
+        f"{CUDA_VARIABLE}",
+        beside=("cuda.h", "crt/host_defines.h"),
     )
 
 
@@ -215,6 +237,7 @@ def _find_header(
     variable: str,
     places: Sequence[Path],
     what: str,
+    beside: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Path:
     if given := environment.get(variable):
@@ -226,7 +249,7 @@ def _find_header(
             )
         return Path(given)
     for place in places:
-        if (place / name).is_file():
+        if all((place / one).is_file() for one in (name, *beside)):
             return place
     title, _, todo = what.partition(": ")
     raise MissingDependencyError(expected=title, came=f"no {name} was found", todo=todo)

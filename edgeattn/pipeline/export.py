@@ -283,6 +283,8 @@ def _export(
         quality = _quality(checkpoint, recipe, lowering, model_file, windows, clock)
     clock.stop()
     notes = transformed.notes
+    if placed is not None:  # the bundle moves to its place when it is whole
+        placed = replace(placed, path=output / placed.path.relative_to(writer.path))
     report = ExportReport(
         output, lowering, graph, verification, quality, notes, clock.seconds, placed
     )

@@ -29,7 +29,7 @@ from edgeattn.errors import unknown_name
 from edgeattn.ops import find_op
 
 if TYPE_CHECKING:
-    from edgeattn.devices.schema import Device
+    pass
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,9 +44,9 @@ def cache_folder() -> Path:
 def default_sms(arch: str) -> tuple[int, ...]:
     """The GPUs of all known targets whose processor is of an architecture."""
     found = {
-        device.sm
+        device.gpu.sm
         for device in all_devices()
-        if device.sm is not None and architecture(device) == arch
+        if device.gpu is not None and device.gpu.host == arch
     }
     return tuple(sorted(found))
 
@@ -145,7 +145,7 @@ def plugins_for(
         return None
     if not any(find_op(node.op).plugin for node in nodes):
         return None
-    arch = architecture(target.device)
+    arch = gpu.host
     if library is None:
         chosen = build_plugins(arch, [gpu.sm], progress=progress)
     else:
@@ -158,11 +158,6 @@ def plugins_for(
         same = arch == host and gpu.sm == gpu.nearest_rtx_sm
         checked = chosen if same else build_plugins(host, [gpu.nearest_rtx_sm], progress=progress)
     return Plugins(chosen, checked)
-
-
-def architecture(device: Device) -> str:
-    """The processor beside a GPU."""
-    return "aarch64" if device.kind == "jetson" else "x86_64"
 
 
 def place_library(library: PluginLibrary, folder: Path) -> PluginLibrary:

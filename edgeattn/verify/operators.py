@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeattn.engine.plugins import PluginNode, plugin_nodes
 from edgeattn.errors import BundleError
 from edgeattn.ops import find_op
-from edgeattn.ops.spec import DOMAIN, OpSpec
+from edgeattn.ops.spec import DOMAIN
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case
 from edgeattn.verify.compare import OPERATOR, Agreement, Comparison
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Array = NDArray[np.generic]
-# (operator, inputs, attributes) -> outputs, in the dtypes the operator says.
-Implementation = Callable[[OpSpec, Sequence[Array], Mapping[str, Any]], Sequence[Array]]
+# A sample -> outputs.
+Implementation = Callable[["Sample"], Sequence[Array]]
 
 # Bits that a rounding keeps: the error of rounding once, 2^-bits, is what plain computation costs.
 _PRECISION = {"fp32": 24, "fp16": 11, "bf16": 8}
@@ -96,7 +96,7 @@ def sample_operators(
         return []
     read = {name for _, inputs, _ in chosen for name in inputs}
     constants = {
-        tensor.name: onnx.numpy_helper.to_array(tensor, str(model_file.parent))
+        tensor.name: _widened(onnx.numpy_helper.to_array(tensor, str(model_file.parent)))
         for tensor in proto.graph.initializer
         if tensor.name in read
     }
@@ -109,6 +109,11 @@ def sample_operators(
         made = tuple(np.array(values[name]) for name in outputs)
         samples.append(_sample(node, given, made))
     return samples
+
+
+def _widened(array: Array) -> Array:
+    """Bf16 as fp32, as ONNX Runtime runs it here; numpy itself has no such dtype."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _chosen(
@@ -161,13 +166,7 @@ def check_operators(
     name: str, samples: Sequence[Sample], implementation: Implementation
 ) -> Agreement:
     """Compares another implementation with the reference on kept inputs."""
-    rows = [
-        row
-        for sample in samples
-        for row in sample.compare(
-            implementation(find_op(sample.op), sample.inputs, sample.attributes)
-        )
-    ]
+    rows = [row for sample in samples for row in sample.compare(implementation(sample))]
     wrong = [row.tensor for row in rows if not row.passed]
     first_bad = wrong[0].rpartition(".")[0] if wrong else None
     return Agreement(name, tuple(rows), top1=None, kl=None, first_bad=first_bad)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeattn.errors import BundleError, MissingDependencyError
 from edgeattn.ops import find_op
-from edgeattn.ops.spec import OpSpec
 from edgeattn.verify.compare import Agreement
 from edgeattn.verify.operators import Sample, check_operators
 
@@ -37,20 +35,22 @@ def check_triton(samples: Sequence[Sample], *, device: str = "cuda") -> Agreemen
             todo="verify it without --backend triton",
         )
     _require_triton(device)
-    return check_operators(
-        "triton", with_kernel, lambda *arguments: _run(*arguments, device=device)
-    )
+    return check_operators("triton", with_kernel, lambda sample: _run(sample, device))
 
 
-def _run(
-    spec: OpSpec, inputs: Sequence[Array], attributes: Mapping[str, Any], *, device: str
-) -> list[Array]:
+def _run(sample: Sample, device: str) -> list[Array]:
     import torch
 
+    spec = find_op(sample.op)
     kernel = spec.kernel()
     assert kernel is not None
-    tensors = [torch.from_numpy(x).to(device) for x in inputs]
-    result = kernel(*tensors, **attributes)
+    tensors = [torch.from_numpy(x).to(device) for x in sample.inputs]
+    if sample.dtype == "bf16":  # which numpy keeps as fp32
+        tensors = [
+            x.bfloat16() if tensor.variable == "T" else x
+            for tensor, x in zip(spec.inputs, tensors, strict=True)
+        ]
+    result = kernel(*tensors, **sample.attributes)
     outputs = result if isinstance(result, tuple) else (result,)
     return [y.float().cpu().numpy() for y in outputs]
 

@@ -30,6 +30,9 @@ using namespace nvinfer1;
 namespace
 {
 
+//! CU_STREAM_PER_THREAD: another one than the stream that a forgotten argument means.
+auto* const kSTREAM = reinterpret_cast<cudaStream_t>(2);
+
 class Logger final : public ILogger
 {
 public:
@@ -510,7 +513,7 @@ private:
         auto const inputDescs = descs(mInputs);
         auto const outputDescs = descs(mOutputs);
         return runtime().enqueue(
-            inputDescs.data(), outputDescs.data(), inputs.data(), outputs.data(), workspace, nullptr);
+            inputDescs.data(), outputDescs.data(), inputs.data(), outputs.data(), workspace, kSTREAM);
     }
 
     size_t workspaceSize()

@@ -93,9 +93,9 @@ def test_the_table_of_another_architecture_is_read(library: PluginLibrary) -> No
 def test_a_library_for_another_processor_or_abi_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"for x86_64, but .* is for aarch64"):
         read_library(library_file(tmp_path, table())).require("x86_64")
-    other = read_library(library_file(tmp_path, table(abi=PLUGIN_ABI + 1)))
+    other = library_file(tmp_path, {"abi": PLUGIN_ABI + 1, "another": "table"})
     with pytest.raises(BundleError, match=f"ABI {PLUGIN_ABI}, but .* ABI {PLUGIN_ABI + 1}"):
-        other.require("aarch64")
+        read_library(other)
 
 
 def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
@@ -191,6 +191,19 @@ def test_operators_without_a_plugin_keep_their_body(library: PluginLibrary) -> N
     assert missing_plugins(model, found) == set()
     del model.functions[:]
     assert missing_plugins(model, found) == {"HadamardTransform"}
+
+
+def test_a_library_of_an_older_edgeattn_lacks_a_plugin(tmp_path: Path) -> None:
+    older = read_library(library_file(tmp_path, table(ops=["Older"])))
+    with pytest.raises(LoweringError, match=r"the plugin RecurrentLinearAttention.* has Older"):
+        require_variants(older, nodes(case()), 87)
+
+
+def test_another_number_of_inputs_is_refused() -> None:
+    model = op_model(SPEC, case(), 21)
+    del model.graph.node[0].input[-1]
+    with pytest.raises(LoweringError, match=r"7 inputs .* it has 6"):
+        plugin_nodes(model)
 
 
 def test_an_unknown_operator_is_refused() -> None:

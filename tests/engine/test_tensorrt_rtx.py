@@ -117,6 +117,16 @@ def test_missing_external_data_is_refused(linear: Path) -> None:
 
 
 @needs_rtx
+@pytest.mark.parametrize(("expected", "status"), [(0, "built"), (1, "refused")])
+def test_a_network_must_have_the_plugin_layers_of_its_graph(
+    linear: Path, expected: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_rtx, "expected_layers", lambda library, nodes: expected)
+    report = check(linear)
+    assert report.status == status
+    assert (f"0 plugin layers, where the graph has {expected}" in report.reason) == bool(expected)
+
+
 def test_garbage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"no onnx at all")
     report = check(tmp_path / "m.onnx")

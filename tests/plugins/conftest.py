@@ -48,6 +48,7 @@ class Launch:
     grid: tuple[int, ...]
     threads: int
     shared: int
+    stream: str
     arguments: dict[str, float]
 
 
@@ -93,7 +94,8 @@ class Answers:
         threads, *rest = (int(n) for n in fields["block"].split(","))
         assert rest == [1, 1]
         arguments = dict(zip(names, values, strict=True))
-        return Launch(kernel, label, grid, threads, int(fields["shared"]), arguments)
+        shared, stream = int(fields["shared"]), fields["stream"]
+        return Launch(kernel, label, grid, threads, shared, stream, arguments)
 
 
 @dataclass(frozen=True)

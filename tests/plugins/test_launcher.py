@@ -55,6 +55,7 @@ def test_decoding_is_one_kernel_with_every_argument_in_its_place(library: Any) -
     answers = run(library, "normalise=int:1", "scale=float:0.5", "epsilon=float:0.25", t=1)
     assert (answers["shape"], answers["enqueue"], answers["workspace"]) == ("0", "0", "0")
     (launch,) = answers.launches
+    assert launch.stream == "0x2"
     assert launch.label == "recurrent_linear_attention.decode-fp16-BLOCK64-BLOCK_V64-sm87"
     assert (launch.kernel, launch.threads) == ("decode", 256)
     assert launch.shared == 1024

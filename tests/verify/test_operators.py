@@ -156,12 +156,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_another_implementation_is_compared() -> None:
     samples = [recurrent_sample()]
 
-    def reference(spec, inputs, attributes):
-        return [y.numpy() for y in spec.reference(*map(torch.from_numpy, inputs), **attributes)]
+    def reference(sample):
+        tensors = map(torch.from_numpy, sample.inputs)
+        return [y.numpy() for y in SPEC.reference(*tensors, **sample.attributes)]
 
-    def late(spec, inputs, attributes):
-        inputs = [*inputs[:3], np.roll(inputs[3], 1, axis=2), *inputs[4:]]
-        return reference(spec, inputs, attributes)
+    def late(sample):
+        inputs = [*sample.inputs[:3], np.roll(sample.inputs[3], 1, axis=2), *sample.inputs[4:]]
+        return reference(replace(sample, inputs=tuple(inputs)))
 
     assert check_operators("right", samples, reference).passed
     agreement = check_operators("late", samples, late)
