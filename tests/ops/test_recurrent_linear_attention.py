@@ -184,11 +184,11 @@ def by_difference(inputs: list[Tensor]) -> Tensor:
 
 
 def test_differences_of_cumulative_sums_would_not_be() -> None:
-    """12 % where half of 512 rows decay strongly, and NaN at -inf, where the body is exact."""
-    case, inputs = strong([-1000.0, -0.001], 512, delta=0)
+    """Percents where half of 4096 rows decay strongly, and NaN at -inf, where the body is exact."""
+    case, inputs = strong([-1000.0, -0.001], 4096, delta=0)
     inputs[5].zero_()
     exact = torch.from_numpy(loop(inputs)[0])
-    assert relative_error(by_difference(inputs), exact[0, 0]) > 0.05
+    assert relative_error(by_difference(inputs), exact[0, 0]) > 0.02
     assert relative_error(body(case, inputs)[0], exact) < 1e-5
     _, inputs = strong([-math.inf, -0.1], 64, delta=0)
     assert by_difference(inputs).isnan().any()

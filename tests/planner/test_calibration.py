@@ -38,6 +38,8 @@ def test_stages_take_about_as_long_as_measured(shape: ModelShape, repository: Pa
     for label, result in results.items():
         if label.startswith("onnxruntime") or not parse_scheme(label).needs_calibration:
             continue
+        if result.get("cpu_s", result["wall_s"] * 2) < 1.3 * result["wall_s"]:
+            continue  # of the two processors other work had its share: no measure of time
         for stage, seconds in calibration_seconds(
             shape, parse_scheme(label), WINDOWS, LENGTH
         ).items():
