@@ -19,7 +19,7 @@ e_i = exp(g_1 + … + g_i):
     Y = scale ((Q ⊙ e) S + P U),  S' = Diag(e_C) S + (K ⊙ exp D_C)ᵀ U.
 
 Segment sums are never formed as differences of cumulative sums: those cancel where decay is strong
-(5 % error measured where g = −1000 in half of 4096 rows) and are NaN at −∞. No exponent is positive.
+(5 % error measured with g = −1000 in half of 4096 rows) and are NaN at −∞. No exponent is positive.
 """
 
 from __future__ import annotations
