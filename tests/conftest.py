@@ -78,6 +78,24 @@ def _gpu_present() -> bool:
     return torch.cuda.is_available()
 
 
+def _seed() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        np.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _reproducible_module() -> None:
+    """Fixed seeds for what a file makes once, whichever files ran before it."""
+    _seed()
+
+
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fixed seeds; where torch is loaded, memory of `torch.empty` holds NaN.
@@ -87,17 +105,12 @@ def _reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     as they are.
     """
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    random.seed(0)
-    if "numpy" in sys.modules:
-        import numpy as np
-
-        np.random.seed(0)
+    _seed()
     if "torch" not in sys.modules:
         yield
         return
     import torch
 
-    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
