@@ -10,7 +10,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 # torch goes in first and alone: any later range is then satisfied by it, and no other build is fetched.
 # Without a CUDA GPU: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+# A worker per core of the smallest machine we have; the tests of one file stay together.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,7 +57,7 @@ tools:
 	fi
 
 test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools
-	EDGEATTN_TENSORRT_INCLUDE=$(abspath $(HEADERS)) $(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 EDGEATTN_TENSORRT_INCLUDE=$(abspath $(HEADERS)) $(BIN)/pytest $(PYTEST_ARGS)
 
 # The runtime half on the oldest pair we promise; skips by name where there is no python3.10.
 test-oldest: $(VENV)/.developer
