@@ -46,12 +46,15 @@ from edgeattn.planner.lowering import plan_lowering
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import parse_scheme
 from edgeattn.recipe import Recipe
+from edgeattn.shape import ModelShape
 from edgeattn.text_file import read_text
+from edgeattn.transforms.learn import LearnReport
 from edgeattn.transforms.quantize import quantize
+from edgeattn.transforms.rotate import Rotations, hadamard_rotations
 
 # The down projections of stories260k have 172 inputs, which no group divides.
 FOUR_BITS = "group=32,down_proj=w8"
-LEARNED = f"w4a16-spinquant-learned:steps=2,{FOUR_BITS}"
+LEARNED = f"w4a16-spinquant-learned:steps=10,refit=off,{FOUR_BITS}"
 SPINQUANT, GPTQ = f"w4a16-spinquant:{FOUR_BITS}", f"w4a16-gptq:{FOUR_BITS}"
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
@@ -101,7 +104,7 @@ def test_learned_rotations_serve_again(
     stories260k: Path, recipe: Callable[..., Recipe], learned: Path, tmp_path: Path
 ) -> None:
     rotations = str(learned / "rotations.safetensors")
-    asked = recipe(SPINQUANT, rotations=rotations)
+    asked = recipe(f"{SPINQUANT},refit=off", rotations=rotations)
     export(stories260k, asked, tmp_path / "bundle", verify=False)
     assert weights_of(tmp_path / "bundle") == weights_of(learned)
     found = notes_of(tmp_path / "bundle")["rotation"]
@@ -109,6 +112,7 @@ def test_learned_rotations_serve_again(
     assert "learned on" not in found
     assert not (tmp_path / "bundle" / "rotations.safetensors").exists()
     assert notes_of(learned)["rotation"]["kind"] == "learned"
+    assert notes_of(learned)["learned rotations"]["chosen"] == "learned"
 
 
 def test_stopped_learning_goes_on(
@@ -132,7 +136,7 @@ def test_stopped_learning_goes_on(
     with pytest.raises(UsageError, match="another model, recipe or calibration text"):
         export(stories260k, recipe(SPINQUANT), tmp_path / "bundle", verify=False)
     export(stories260k, recipe(LEARNED), tmp_path / "bundle", verify=False, progress=count)
-    assert counted == [2]
+    assert counted == [*range(2, 11)]
     assert weights_of(tmp_path / "bundle") == weights_of(learned)
     assert left_behind(tmp_path) == ["bundle"]
 
@@ -485,6 +489,43 @@ def test_auto_rotates_where_that_helps(
         assert torch.equal(one.qdata, other.qdata)
         assert torch.equal(one.scale, other.scale)
     assert (found.shape, found.reads) == (expected.shape, expected.reads)
+
+
+def test_the_better_rotations_are_taken_whether_learned_or_not(
+    stories: Model, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hadamard, none = hadamard_rotations(stories.shape, online=False), unrotated(stories.shape)
+
+    def quantized(start: Rotations, found: Rotations, work: str) -> tuple[Model, dict[str, Any]]:
+        learning = LearnReport("kl", 1, (1.0,), 1.0, 0.5, True, 0.0, 0.0)
+        monkeypatch.setattr(
+            "edgeattn.transforms.learn.learn_rotations", lambda *_, **__: (found, learning)
+        )
+        monkeypatch.setattr(
+            "edgeattn.pipeline.calibrated.hadamard_rotations", lambda *_, **__: start
+        )
+        made_from = {"checkpoint": "c0ffee"}
+        quantizer = CalibratedQuantizer(
+            parse_scheme(LEARNED), torch.float32, windows, tmp_path / work, made_from, Clock(None)
+        )
+        model, notes = quantizer.run(stories, None)
+        return model, notes["learned rotations"]
+
+    one, figures = quantized(hadamard, none, "one")
+    other, swapped = quantized(none, hadamard, "other")
+    worse = "Hadamard" if figures["chosen"] == "learned" else "learned"
+    assert figures[f"perplexity {figures['chosen']}"] < figures[f"perplexity {worse}"]
+    assert swapped["chosen"] == worse
+    for name in ("layers.0.self_attn.q_proj.weight", "layers.4.mlp.down_proj.weight"):
+        weight, same = one.weights.read(name), other.weights.read(name)
+        assert isinstance(weight, QuantizedTensor)
+        assert isinstance(same, QuantizedTensor)
+        assert torch.equal(weight.qdata, same.qdata)
+
+
+def unrotated(shape: ModelShape) -> Rotations:
+    eye = torch.eye(shape.head_dim, dtype=torch.float64)
+    return Rotations(torch.eye(shape.hidden_size, dtype=torch.float64), (eye,) * shape.num_layers)
 
 
 def test_a_work_folder_of_another_command_stops_learning_before_it_starts(

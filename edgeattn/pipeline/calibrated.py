@@ -73,7 +73,9 @@ class CalibratedQuantizer:
         """
         WorkFolder(self.work, self.made_from)  # before anything is done that it would not let go on
         if self.scheme.rotation == "auto":
-            return self._better_of_two(model, rotations_file)
+            return self._rotated_or_not(model, rotations_file)
+        if self.scheme.rotation == "learned" and rotations_file is None:
+            return self._learned_or_hadamard(model)
         return self._quantize(model, self._rotations(model, rotations_file))
 
     def _rotations(
@@ -178,10 +180,10 @@ class CalibratedQuantizer:
         )
         return [Trial(tuple(trial["linears"]), trial["increase"]) for trial in found]
 
-    def _better_of_two(
+    def _rotated_or_not(
         self, model: Model, rotations_file: Path | None
     ) -> tuple[Model, dict[str, Any]]:
-        """rotation=auto: quantised with and without, whichever reads the text better."""
+        """rotation=auto: quantised with and without."""
         rotated = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
         plain = replace(self, scheme=replace(self.scheme, rotation="none", online=False))
         rotations = rotated._rotations(model, rotations_file)
@@ -189,8 +191,30 @@ class CalibratedQuantizer:
             "rotated": rotated._quantize(model, rotations, "rotated"),
             "not rotated": plain._quantize(model, None, "plain"),
         }
-        self.clock.start("comparing with and without rotation")
-        sample = self.windows[-_AUTO_WINDOWS:]
+        return self._best("rotation=auto", candidates, self.windows[-_AUTO_WINDOWS:])
+
+    def _learned_or_hadamard(self, model: Model) -> tuple[Model, dict[str, Any]]:
+        """Quantised with learned rotations and with those that learning started from.
+
+        What is learned is learned on a network whose weights are rounded to the nearest. GPTQ and
+        refitting repair much of what such a network suffers from, so that the better rotations
+        there need not be the better ones here.
+        """
+        from edgeattn.transforms.learn import split_windows
+
+        learned = self._rotations(model, None)
+        plain = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
+        candidates = {
+            "learned": self._quantize(model, learned, "learned"),
+            "Hadamard": plain._quantize(model, plain._rotations(model, None), "hadamard"),
+        }
+        return self._best("learned rotations", candidates, split_windows(self.windows)[1])
+
+    def _best(
+        self, title: str, candidates: dict[str, tuple[Model, dict[str, Any]]], sample: Tensor
+    ) -> tuple[Model, dict[str, Any]]:
+        """The candidate that reads some windows best, noted under `title`."""
+        self.clock.start("comparing rotations")
         perplexities = {
             name: math.exp(float(Head(found).losses(final_hidden(found, sample), sample).mean()))
             for name, (found, _) in candidates.items()
@@ -198,7 +222,7 @@ class CalibratedQuantizer:
         chosen = min(perplexities, key=lambda name: perplexities[name])
         found, notes = candidates[chosen]
         perplexity = {f"perplexity {name}": value for name, value in perplexities.items()}
-        return found, {"rotation=auto": {"chosen": chosen, **perplexity}, **notes}
+        return found, {title: {"chosen": chosen, **perplexity}, **notes}
 
 
 def _about_caches(model: Model) -> dict[str, Any]:

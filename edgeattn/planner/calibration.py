@@ -48,10 +48,10 @@ def calibration_seconds(
     seconds = work / _OBSERVED_PER_S + (work / _REFIT_PER_S if scheme.refit else 0)
     if scheme.method == "gptq":
         seconds += weights / _GPTQ_PER_S
-    found = {"calibration": _candidates(scheme) * seconds}
+    found = {"calibration": _candidates(scheme, learns) * seconds}
     if scheme.keep > 0:
         # Each trial passes through the layers behind it, half of all on average, with one window.
-        passes = _candidates(scheme) * _trials(shape, scheme) / 2
+        passes = _candidates(scheme, learns) * _trials(shape, scheme) / 2
         found["sensitivity"] = passes * weights * length / _FORWARD_PER_S
     if scheme.rotation == "learned" and learns:
         found["learning"] = scheme.steps * weights * _LEARNED_TOKENS / _LEARNED_PER_S
@@ -119,9 +119,9 @@ def _block_weights(shape: ModelShape) -> int:
     return shape.num_layers * sum(n * k for n, k in shape.linears().values())
 
 
-def _candidates(scheme: Scheme) -> int:
-    """How often the model is quantised."""
-    return 2 if scheme.rotation == "auto" else 1
+def _candidates(scheme: Scheme, learns: bool = True) -> int:
+    """How often the model is quantised: where rotations are compared, twice."""
+    return 2 if scheme.rotation == "auto" or (scheme.rotation == "learned" and learns) else 1
 
 
 def _trials(shape: ModelShape, scheme: Scheme) -> int:

@@ -115,7 +115,7 @@ def learn_rotations(
         RuntimeInputError: a gradient that is not finite, or a GPU with too little memory.
         BundleError: the disk refuses the state file.
     """
-    train, held = _split(windows)
+    train, held = split_windows(windows)
     made_from = {**made_from, "steps": steps, "objective": objective}
     descent = _Descent.restore(state_file, made_from, device) or _Descent.begin(start, device)
     network = RotatableModel(model, scheme, down=start.down, device=device)
@@ -143,7 +143,7 @@ def learn_rotations(
     )
 
 
-def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
+def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
     """Windows to learn from and windows to judge by, the latter spread over the text."""
     count = len(windows)
     if count < 2:

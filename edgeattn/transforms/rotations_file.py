@@ -19,7 +19,7 @@ from edgeattn.transforms.rotate import Rotations
 RESIDUAL, HEADS = "residual", "heads"
 # Largest |R Rᵀ - I| of a file; learned rotations are projected to rounding in fp64.
 _LARGEST_ERROR = 1e-6
-_TODO = "pass a file of rotations that were learned for the model"
+_ADVICE = "pass a file of rotations that were learned for the model"
 
 
 def save_rotations(path: Path, rotations: Rotations, made_from: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def load_rotations(path: Path, shape: ModelShape) -> tuple[Rotations, dict[str, 
         UsageError: no such file, not one of rotations, or of another model; or a matrix that is not
             orthogonal.
     """
-    tensors, metadata = read_tensors(path, todo=_TODO)
+    tensors, metadata = read_tensors(path, todo=_ADVICE)
     residual, heads = tensors[RESIDUAL].double(), tensors[HEADS].double()
     wanted = [shape.hidden_size] * 2, [shape.num_layers, shape.head_dim, shape.head_dim]
     found = list(residual.shape), list(heads.shape)
@@ -115,5 +115,5 @@ def read_tensors(path: Path, *, todo: str) -> tuple[dict[str, Tensor], dict[str,
         raise _refusal(f"a safetensors file at {path}", came, todo) from error
 
 
-def _refusal(expected: str, came: str, todo: str = _TODO) -> UsageError:
+def _refusal(expected: str, came: str, todo: str = _ADVICE) -> UsageError:
     return UsageError(expected=expected, came=came, todo=todo)

@@ -236,10 +236,12 @@ def test_every_linear_layer_reads_the_numbers_it_should(exported: Exported) -> N
         read, x = reads[name], torch.from_numpy(found[before]).float()
         assert read.scale is not None
         steps = (torch.from_numpy(found[after]).float() - read(x)) / read.scale
-        # In fp16 a number may lie right on a boundary, and rotated many a one beyond it.
-        in_half = 0.95 if read.rotation is None else 0.9
-        share = 0.999 if exported.lowering.dtype == "fp32" else in_half
-        assert (steps.abs() < 0.1).float().mean() > share, name
+        # Rotated in fp16, many a number lies on the other side of a boundary, and just there.
+        rough = exported.lowering.dtype == "fp16" and read.rotation is not None
+        near = steps.abs() < 0.1
+        if read.rotation is None:  # of a number right on a boundary either side is right
+            near |= ((x / read.scale).remainder(1) - 0.5).abs() < 1e-3
+        assert near.float().mean() > (0.9 if rough else 0.999), name
         assert steps.abs().max() < 1.2, name
         doubled = replace(read, scale=2 * read.scale)
         assert ((doubled(x) - read(x)).abs() > 0.9 * read.scale).float().mean() > 0.3, name
