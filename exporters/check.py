@@ -20,6 +20,12 @@ _REFUSED_OPERATORS = {
     "DFT": "multiply with a matrix",
 }
 _REDUCTIONS = ("ScatterElements", "ScatterND")
+_EXTREMES = ("ReduceMax", "ReduceMin")
+# Operators that give truth values whatever they take; Cast gives them where it is told to.
+_TRUTHS = {
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+    *("And", "Or", "Xor", "Not", "IsNaN", "IsInf"),
+}
 
 
 def check_graph(model_file: Path) -> None:
@@ -86,6 +92,8 @@ def _lint_body(where: str, function: FunctionProto) -> Iterator[str]:
         reduction = [a.s for a in node.attribute if a.name == "reduction"]
         if node.op_type in _REDUCTIONS and reduction not in ([], [b"none"]):
             yield f"{where} uses {node.op_type} with a reduction"
+        if node.op_type in _EXTREMES and node.input[0] in _truths(function):
+            yield f"{where} uses {node.op_type} on truth values: use Cast before it"
         axes = node.input[1:] if node.op_type.startswith("Reduce") else []
         if not set(axes) <= _constants(function):
             yield f"{where} computes the axes of {node.op_type}"
@@ -121,3 +129,15 @@ def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 def _constants(function: FunctionProto) -> set[str]:
     return {name for n in _nodes(function.node) if n.op_type == "Constant" for name in n.output}
+
+
+def _truths(function: FunctionProto) -> set[str]:
+    from onnx import TensorProto
+
+    return {
+        name
+        for node in _nodes(function.node)
+        if node.op_type in _TRUTHS
+        or (node.op_type == "Cast" and any(a.i == TensorProto.BOOL for a in node.attribute))
+        for name in node.output
+    }

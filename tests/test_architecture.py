@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FLAT_ROOMS = ("kernels", "exporters", "devices")
-LONGEST_FILE = 500
+LONGEST_FILE = 400
 HEAVY = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "onnx", "onnxscript", "onnx_ir")
 
 

@@ -166,16 +166,49 @@ class PluginNode:
 
 
 def plugin_nodes(model: ModelProto) -> list[PluginNode]:
-    """The nodes of domain edgeattn in a graph, whose weights need not be loaded."""
+    """The nodes of domain edgeattn in a graph, whose weights need not be loaded.
+
+    Raises:
+        LoweringError: one is unknown, or stands where its plugin would not be counted.
+    """
     import onnx
 
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    _require_top_level(model)
     if not nodes:
         return []
     known = _value_types(model.graph)
-    if any(name not in known for node in nodes for name in node.input):
-        known |= _value_types(onnx.shape_inference.infer_shapes(model).graph)
+    if any(name not in known or _unknown(known[name][1]) for node in nodes for name in node.input):
+        inferred = _value_types(onnx.shape_inference.infer_shapes(model).graph)
+        # What the graph declares stays where inference found out nothing more.
+        known |= {n: found for n, found in inferred.items() if n not in known or found[1]}
     return [_plugin_node(node, known) for node in nodes]
+
+
+def _unknown(shape: Shape | None) -> bool:
+    return shape is None or None in shape
+
+
+def _require_top_level(model: ModelProto) -> None:
+    inside = [(f"function {f.name}", node) for f in model.functions for node in f.node]
+    inside = [(where, below) for where, node in inside for below in (node, *_nested(node))]
+    inside += [("a subgraph", below) for node in model.graph.node for below in _nested(node)]
+    for where, node in inside:
+        if node.domain == DOMAIN:
+            raise LoweringError(
+                expected="operators of domain edgeattn in the graph itself",
+                came=f"{where} has node {node.name or node.op_type}",
+                todo="export the model without a loop or branch around it",
+            )
+
+
+def _nested(node: NodeProto) -> Iterator[NodeProto]:
+    """The nodes of a node's subgraphs."""
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for below in graph.node:
+                yield below
+                yield from _nested(below)
 
 
 def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: int) -> None:
@@ -200,7 +233,15 @@ def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: in
             )
         if node.op not in library.ops:
             continue
-        for kernel, constants in _needed(node):
+        needed = list(_needed(node))
+        if not needed:
+            shapes = ", ".join(str(list(shape)).replace("None", "?") for shape in node.shapes)
+            raise LoweringError(
+                expected=f"fixed dimensions that say which kernels node {node.name} needs",
+                came=f"its inputs are {shapes}",
+                todo="export it with fixed head dimensions",
+            )
+        for kernel, constants in needed:
             found = [v for v in library.variants if v.kernel == kernel and v.dtype == node.dtype]
             found = [v for v in found if constants.items() <= v.constants.items()]
             if not any(runs_on(sm, variant.sm) for variant in found):

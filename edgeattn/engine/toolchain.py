@@ -51,6 +51,7 @@ class Toolchain:
         return {
             "arch": self.arch,
             "compiler": shlex.join(self.compiler),
+            "cmake": shlex.join([self.cmake, *_generator()]),
             "tensorrt": str(self.tensorrt),
             "cuda": str(self.cuda),
         }
@@ -105,8 +106,7 @@ def build_library(toolchain: Toolchain, sources: Path, embedded: Path, folder: P
         "EDGEATTN_CUDA_INCLUDE": toolchain.cuda.resolve(),
     }
     given = [f"-D{name}={value}" for name, value in definitions.items()]
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    _run([toolchain.cmake, "-S", str(sources), "-B", str(folder), *generator, *given])
+    _run([toolchain.cmake, "-S", str(sources), "-B", str(folder), *_generator(), *given])
     jobs = str(os.cpu_count() or 1)
     _run([toolchain.cmake, "--build", str(folder), "-j", jobs, "--target", "edgeattn_plugins"])
     library = folder / "libedgeattn_plugins.so"
@@ -120,6 +120,10 @@ def build_library(toolchain: Toolchain, sources: Path, embedded: Path, folder: P
         came=f"the compiler made one for {newest[0]}.{newest[1]}",
         todo="pip install ziglang, which compiles for any",
     )
+
+
+def _generator() -> list[str]:
+    return ["-G", "Ninja"] if shutil.which("ninja") else []
 
 
 def _wrapper(toolchain: Toolchain, folder: Path) -> Path:

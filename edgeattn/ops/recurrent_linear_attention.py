@@ -162,6 +162,9 @@ def reference(
 BLOCKS = (16, 32, 64, 128)
 ALIGNMENT = 8
 CHUNKED_LENGTH = 16
+# Rows times the larger head dimension: kernels count within a head in int32, also the states that
+# they write down every 64 rows or more, which have up to twice as many numbers as the rows.
+MOST_NUMBERS = 2**29
 
 
 def variants(
@@ -170,7 +173,7 @@ def variants(
     """The kernels a node needs, as far as its length is known.
 
     Raises:
-        RuntimeInputError: no kernel is made for such head dimensions.
+        RuntimeInputError: no kernel is made for such head dimensions, or for so many rows.
     """
     length, widths, dg = dims["T"], (dims["Dk"], dims["Dv"]), dims["Dg"]
     if not all(isinstance(width, int) for width in (*widths, dg)):
@@ -178,8 +181,14 @@ def variants(
     if max(widths) > BLOCKS[-1] or any(width % ALIGNMENT for width in widths):
         expected = f"head dimensions that are multiples of {ALIGNMENT} up to {BLOCKS[-1]}"
         raise _refused(expected, " and ".join(map(str, widths)))
+    if isinstance(length, int) and length * max(widths) > MOST_NUMBERS:
+        expected = f"at most {MOST_NUMBERS // max(widths)} rows of {max(widths)} numbers"
+        raise _refused(expected, f"{length}")
     block = next(block for block in BLOCKS if block >= max(widths))
-    kernels = [("decode", {"BLOCK": block})]
+    decoding = {"BLOCK": block}
+    if attributes["normalise"]:  # which is read by the program of every value, and written by one
+        decoding["BLOCK_V"] = block
+    kernels = [("decode", decoding)]
     if not isinstance(length, int) or length >= CHUNKED_LENGTH:
         chunked = ("prepare", "states", "outputs") if attributes["delta"] else ("states", "outputs")
         both = {"BLOCK": block, "CHANNELS": int(dg > 1)}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from edgeattn.errors import RuntimeInputError
+from edgeattn.errors import MissingDependencyError, RuntimeInputError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -235,11 +235,22 @@ class OpSpec:
         }
 
     def kernel(self) -> Callable[..., Any] | None:
-        """The Triton kernel, imported now; None without one."""
+        """The Triton kernel, imported now; None without one.
+
+        Raises:
+            MissingDependencyError: Triton is not installed.
+        """
         if self.triton is None:
             return None
         module, _, function = self.triton.partition(":")
-        kernel: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        try:
+            kernel: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                expected=f"Triton, for the kernels of {self.name}",
+                came=f"{error.name} is not installed",
+                todo="install edgeattn[kernels]",
+            ) from error
         return kernel
 
     def _refused(self, expected: str, came: str) -> RuntimeInputError:

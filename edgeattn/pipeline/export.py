@@ -14,7 +14,7 @@ from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.errors import BundleError
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
-from edgeattn.pipeline.plugins import place_library, plugins_for
+from edgeattn.pipeline.plugins import given_library, place_library, plugins_for
 from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     open_checked,
@@ -175,6 +175,7 @@ def export(
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_inputs(recipe)
+    library = None if plugin_library is None else given_library(plugin_library, target)
     require_export_extra()
     clock = Clock(progress)
     with (
@@ -188,7 +189,7 @@ def export(
             clock,
             offline=offline,
         )
-        settled = (recipe, target, fitted, writer, output, work, verify, plugin_library, clock)
+        settled = (recipe, target, fitted, writer, output, work, verify, library, clock)
         return _export(checkpoint, *settled)
 
 
@@ -238,7 +239,7 @@ def _export(
     output: Path,
     work: Path,
     verify: bool,
-    plugin_library: Path | None,
+    library: PluginLibrary | None,
     clock: Clock,
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
@@ -259,7 +260,7 @@ def _export(
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_text_files(writer, checkpoint, lowering)
     model_file = writer.path / layout.MODEL
-    plugins = plugins_for(model_file, target, library=plugin_library, progress=clock.progress)
+    plugins = plugins_for(model_file, target, library=library, progress=clock.progress)
     placed = place_library(plugins.target, writer.path / layout.PLUGINS) if plugins else None
     learned = work / layout.ROTATIONS
     if lowering.scheme.rotation == "learned" and learned.exists():  # for a later --rotations

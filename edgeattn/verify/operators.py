@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeattn.engine.plugins import PluginNode, plugin_nodes
-from edgeattn.errors import BundleError
+from edgeattn.errors import BundleError, ProofError, RuntimeInputError
 from edgeattn.ops import find_op
 from edgeattn.ops.spec import DOMAIN
 from edgeattn.planner.lowering import Lowering
@@ -141,7 +141,14 @@ def _sample(node: PluginNode, inputs: tuple[Array, ...], found: tuple[Array, ...
             for t, x in zip(spec.inputs, tensors, strict=True)
         ]
     exact = [x.float() if x.is_floating_point() else x for x in tensors]
-    result = spec.reference(*exact, **node.attributes)
+    try:
+        result = spec.reference(*exact, **node.attributes)
+    except RuntimeInputError as error:
+        raise ProofError(
+            expected=f"{error.expected} in node {node.name}",
+            came=error.came,
+            todo=f"see edgeattn ops {spec.name} for what it takes, and correct the model",
+        ) from error
     outputs = result if isinstance(result, tuple) else (result,)
     return Sample(
         node.name,
@@ -156,19 +163,20 @@ def _sample(node: PluginNode, inputs: tuple[Array, ...], found: tuple[Array, ...
 
 def first_wrong_operator(samples: Sequence[Sample]) -> str | None:
     """The first node that errs on its own, None where all agree."""
-    for sample in samples:
-        if not all(row.passed for row in sample.compare(sample.found)):
-            return f"{OPERATOR}{sample.node} ({sample.op})"
-    return None
+    return check_operators("", samples, lambda sample: sample.found).first_bad
 
 
 def check_operators(
     name: str, samples: Sequence[Sample], implementation: Implementation
 ) -> Agreement:
     """Compares another implementation with the reference on kept inputs."""
-    rows = [row for sample in samples for row in sample.compare(implementation(sample))]
-    wrong = [row.tensor for row in rows if not row.passed]
-    first_bad = wrong[0].rpartition(".")[0] if wrong else None
+    rows: list[Comparison] = []
+    first_bad = None
+    for sample in samples:
+        found = sample.compare(implementation(sample))
+        if first_bad is None and not all(row.passed for row in found):
+            first_bad = f"{OPERATOR}{sample.node} ({sample.op})"
+        rows += found
     return Agreement(name, tuple(rows), top1=None, kl=None, first_bad=first_bad)
 
 

@@ -50,6 +50,7 @@ Driver open()
     require(library, "cuLaunchKernel", driver.cuLaunchKernel);
     require(library, "cuModuleGetFunction", driver.cuModuleGetFunction);
     require(library, "cuModuleLoadData", driver.cuModuleLoadData);
+    require(library, "cuModuleUnload", driver.cuModuleUnload);
     return driver;
 }
 

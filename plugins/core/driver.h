@@ -21,6 +21,7 @@ struct Driver
         CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**);
     CUresult (*cuModuleGetFunction)(CUfunction*, CUmodule, char const*);
     CUresult (*cuModuleLoadData)(CUmodule*, void const*);
+    CUresult (*cuModuleUnload)(CUmodule);
 
     //! Opens libcuda on its first call.
     //!

@@ -15,7 +15,7 @@ constexpr uint32_t kUSUAL_SHARED_MEMORY = 48 * 1024;
 constexpr int64_t kMAX_GRID_X = 0x7fffffff;
 constexpr int64_t kMAX_GRID_YZ = 0xffff;
 
-//! What was loaded into one context. Nothing is ever unloaded: contexts take their modules with them.
+//! What was loaded into one context. It is never unloaded: contexts take their modules with them.
 struct Context
 {
     int32_t sm{0};
@@ -59,6 +59,20 @@ Context describe(Driver const& driver)
     return context;
 }
 
+CUfunction findFunction(Driver const& driver, Cubin const& cubin, CUmodule module, char const* kernel)
+{
+    CUfunction function = nullptr;
+    driver.check(driver.cuModuleGetFunction(&function, module, cubin.entry), "cuModuleGetFunction",
+        std::string("find ") + cubin.entry + " of kernel " + kernel);
+    if (cubin.sharedMemory > kUSUAL_SHARED_MEMORY)
+    {
+        driver.check(driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                         static_cast<int>(cubin.sharedMemory)),
+            "cuFuncSetAttribute", std::string("give kernel ") + kernel + " its shared memory");
+    }
+    return function;
+}
+
 CUfunction loadCubin(Driver const& driver, Cubin const& cubin, Context const& context, char const* kernel)
 {
     if (static_cast<int64_t>(cubin.sharedMemory) > context.maxSharedMemory)
@@ -71,16 +85,15 @@ CUfunction loadCubin(Driver const& driver, Cubin const& cubin, Context const& co
     CUmodule module = nullptr;
     driver.check(
         driver.cuModuleLoadData(&module, cubin.image), "cuModuleLoadData", std::string("load kernel ") + kernel);
-    CUfunction function = nullptr;
-    driver.check(driver.cuModuleGetFunction(&function, module, cubin.entry), "cuModuleGetFunction",
-        std::string("find ") + cubin.entry + " of kernel " + kernel);
-    if (cubin.sharedMemory > kUSUAL_SHARED_MEMORY)
+    try
     {
-        driver.check(driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                         static_cast<int>(cubin.sharedMemory)),
-            "cuFuncSetAttribute", std::string("give kernel ") + kernel + " its shared memory");
+        return findFunction(driver, cubin, module, kernel);
     }
-    return function;
+    catch (...)
+    {
+        driver.cuModuleUnload(module); // it would be loaded once more by the next attempt
+        throw;
+    }
 }
 
 } // namespace

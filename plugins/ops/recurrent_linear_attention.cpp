@@ -30,6 +30,9 @@ constexpr char const* kSPAN = "SPAN";
 //! The kernels load vectors, rows of which must not end within one.
 constexpr int32_t kALIGNMENT = 8;
 
+//! Rows times the larger head dimension: kernels count within a head in int32.
+constexpr int32_t kMOST_NUMBERS = 1 << 29;
+
 //! Arguments and sizes of all kernels, under the names of kernels/recurrent_linear_attention.py.
 struct Values
 {
@@ -164,6 +167,13 @@ private:
                         + std::to_string(kMAX_WIDTH),
                     std::to_string(width) + " came");
             }
+        }
+        auto const widest = std::max(dims.Dk, dims.Dv);
+        if (dims.T > kMOST_NUMBERS / widest)
+        {
+            throw refused("at most " + std::to_string(kMOST_NUMBERS / widest) + " rows of " + std::to_string(widest)
+                    + " numbers",
+                std::to_string(dims.T) + " came");
         }
         forEachKernel(
             *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });

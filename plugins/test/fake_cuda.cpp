@@ -187,6 +187,13 @@ CUresult cuModuleLoadData(CUmodule* module, void const* image)
     return result;
 }
 
+CUresult cuModuleUnload(CUmodule module)
+{
+    note("cuModuleUnload " + reinterpret_cast<Module*>(module)->name);
+    delete reinterpret_cast<Module*>(module);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, char const* name)
 {
     *function = reinterpret_cast<CUfunction>(module);

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from edgeattn.cli import main
 from edgeattn.cli.plugins import command
 from edgeattn.devices.registry import parse_target
 from edgeattn.engine import toolchain
-from edgeattn.engine.plugins import LIBRARY, read_library
+from edgeattn.engine.plugins import LIBRARY, PluginLibrary, read_library
 from edgeattn.engine.tensorrt_rtx import check_build, is_available
-from edgeattn.errors import BundleError, EdgeattnError, LoweringError
+from edgeattn.errors import BundleError, EdgeattnError, LoweringError, MissingDependencyError
 from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
 from edgeattn.ops.recurrent_linear_attention import SPEC
 from edgeattn.ops.spec import Case
-from edgeattn.pipeline import plugins
+from edgeattn.pipeline import export, plugins
+from edgeattn.recipe import Recipe
 
 
 def missing_tools() -> str:
@@ -112,14 +114,83 @@ def test_a_graph_gets_the_library_of_its_target_and_one_for_the_check_here(
         plugins.plugins_for(model(tmp_path, Dk=128), parse_target("jetson-orin"))
 
 
-def test_a_given_library_is_taken_where_it_fits(tmp_path: Path) -> None:
-    build(tmp_path, "--arch", "aarch64", "--sm", "87,110")
-    library = tmp_path / "aarch64" / LIBRARY
+@pytest.fixture
+def jetson(tmp_path: Path) -> PluginLibrary:
+    """A library that a user made before."""
+    build(tmp_path / "mine", "--arch", "aarch64", "--sm", "87,110")
+    return read_library(tmp_path / "mine" / "aarch64" / LIBRARY)
+
+
+def without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **keywords: object) -> None:
+        raise MissingDependencyError(expected="CMake", came="it is not installed", todo="install")
+
+    monkeypatch.setattr(plugins, "find_toolchain", missing)
+
+
+def test_a_given_library_is_taken_where_it_fits(
+    tmp_path: Path, jetson: PluginLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = model(tmp_path)
-    with pytest.raises(BundleError, match="for x86_64"):
-        plugins.plugins_for(file, parse_target("l4"), library=library)
-    with pytest.raises(BundleError, match="there is none"):
-        plugins.plugins_for(file, parse_target("jetson-orin"), library=tmp_path / "none.so")
+    given = plugins.given_library(jetson.path, parse_target("jetson-orin"))
+    without_tools(monkeypatch)
+    shutil.rmtree(cache / "edgeattn" / "libraries")
+    found = plugins.plugins_for(file, parse_target("jetson-orin"), library=given)
+    assert found == plugins.Plugins(given, None)  # the check here takes the function bodies
+    with pytest.raises(MissingDependencyError, match="CMake"):
+        plugins.plugins_for(file, parse_target("jetson-orin"))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("l4", "for x86_64"),
+        ("cpu", "--plugin-lib for a target with TensorRT, but .* runs ONNX Runtime"),
+        ("dgx-spark", "with kernels for SM 121, but .* SM 87, SM 110: .*--sm 121"),
+    ],
+)
+def test_a_given_library_is_refused_before_the_model_is_read(
+    tmp_path: Path, jetson: PluginLibrary, target: str, words: str
+) -> None:
+    with pytest.raises(EdgeattnError, match=words):
+        export(tmp_path / "no model", Recipe(target), tmp_path / "out", plugin_library=jetson.path)
+    with pytest.raises(EdgeattnError, match=r"there is none|--plugin-lib for"):
+        export(
+            tmp_path / "no model", Recipe(target), tmp_path / "out", plugin_library=Path("none.so")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_was_built_is_found_without_tools(
+    jetson: PluginLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_tools(monkeypatch)
+    found = plugins.finished_library("aarch64", [110, 87], subset="smoke")
+    assert found is not None
+    assert found.variants == jetson.variants
+    assert plugins.finished_library("aarch64", [87], subset="smoke") is None
+    assert plugins.finished_library("x86_64", [87, 110], subset="smoke") is None
+    with monkeypatch.context() as patch:  # made of other sources
+        patch.setattr(plugins, "_contents", lambda folder: [("a.cpp", b"")])
+        assert plugins.finished_library("aarch64", [87, 110], subset="smoke") is None
+    found.path.write_bytes(found.path.read_bytes()[:1000])
+    assert plugins.finished_library("aarch64", [87, 110], subset="smoke") is None
+
+
+def test_a_build_waits_for_the_other(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with plugins._alone(tmp_path / "build"):
+            order.append("second")
+
+    with plugins._alone(tmp_path / "build"):
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
 
 
 def test_graphs_that_need_no_library_get_none(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_graph_with_kernels_passes(library, sm, dynamic, delta) -> None:
         ({"Dg": 64}, 87, "CHANNELS=1"),
         ({"Dk": 256}, 87, "head dimensions that are multiples of 8 up to 128"),
         ({"Dv": 12}, 87, "head dimensions that are multiples of 8"),
+        ({"T": 2**23 + 1}, 87, "at most 8388608 rows of 64 numbers .* but 8388609 came"),
     ],
     ids=str,
 )
@@ -172,6 +173,44 @@ def test_a_missing_kernel_is_named(library, changed: dict, sm: int, words: str) 
         return
     with pytest.raises(LoweringError, match=words):
         require_variants(library, found, sm)
+
+
+def test_the_normaliser_needs_all_values_in_one_program(tmp_path: Path) -> None:
+    """As the plugin asks for it, where the state is updated in place."""
+    content = table()
+    for variant in content["variants"]:
+        if variant["kernel"].endswith("decode"):
+            variant["constants"] = {"BLOCK": 64, "BLOCK_V": 32}
+    apart = read_library(library_file(tmp_path, content))
+    require_variants(apart, nodes(case(T=1)), 87)
+    with pytest.raises(LoweringError, match=r"decode in fp16 with BLOCK=64 BLOCK_V=64"):
+        require_variants(apart, nodes(case(T=1, normalise=1)), 87)
+
+
+def test_what_is_not_declared_is_inferred_or_refused(library: PluginLibrary) -> None:
+    model = op_model(SPEC, case(), 21)
+    (call,) = model.graph.node
+    for i, name in enumerate(call.input):  # values whose shapes no line of the graph gives
+        model.graph.node.append(onnx.helper.make_node("Identity", [name], [f"same_{name}"]))
+        call.input[i] = f"same_{name}"
+    model.graph.node.append(model.graph.node.pop(0))
+    (found,) = plugin_nodes(model)
+    assert found.shapes == plugin_nodes(op_model(SPEC, case(), 21))[0].shapes
+    require_variants(library, [found], 87)
+    with pytest.raises(LoweringError, match=r"fixed dimensions .* \[1, 2, 20, \?\]"):
+        require_variants(library, nodes(case(), "Dk"), 87)
+
+
+def test_nodes_that_no_layer_count_would_see_are_refused() -> None:
+    model = op_model(SPEC, case(), 21)
+    body = onnx.helper.make_graph([model.graph.node.pop()], "body", [], [])
+    model.graph.node.append(onnx.helper.make_node("Loop", [], [], body=body))
+    with pytest.raises(LoweringError, match="in the graph itself, but a subgraph has node"):
+        plugin_nodes(model)
+    model = op_model(SPEC, case(), 21)
+    model.functions[0].node.append(model.graph.node.pop())
+    with pytest.raises(LoweringError, match="function RecurrentLinearAttention has node"):
+        plugin_nodes(model)
 
 
 def test_another_dtype_is_named(library: PluginLibrary) -> None:

@@ -109,6 +109,18 @@ def appended(op_type: str, **attributes: str) -> Callable[[onnx.ModelProto], Non
     return edit
 
 
+def truths(op_type: str, **attributes: int) -> Callable[[onnx.ModelProto], None]:
+    """The largest of truth values, which TensorRT does not take."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        inputs = ["q"] if op_type == "Cast" else ["q", "q"]
+        body = model.functions[0].node
+        body.append(helper.make_node(op_type, inputs, ["truths"], **attributes))
+        body.append(helper.make_node("ReduceMax", ["truths"], ["out"]))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -123,6 +135,8 @@ def appended(op_type: str, **attributes: str) -> Callable[[onnx.ModelProto], Non
         (appended("ScatterND", reduction="add"), "ScatterND with a reduction"),
         (appended("NonZero"), "uses NonZero"),
         (appended("ReduceSum"), "computes the axes of ReduceSum"),
+        (truths("Equal"), "ReduceMax on truth values"),
+        (truths("Cast", to=onnx.TensorProto.BOOL), "ReduceMax on truth values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

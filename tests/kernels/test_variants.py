@@ -81,13 +81,15 @@ def test_smoke_is_a_handful_of_every_kernel() -> None:
 @needs_triton
 def test_what_recurrent_linear_attention_launches_is_what_is_compiled() -> None:
     operator = importlib.import_module("edgeattn.kernels.recurrent_linear_attention")
+    kernels = {kernel.name: kernel for kernel in operator.KERNELS}
     launched = set()
-    for kernel, block, channels, normalise in itertools.product(
-        operator.KERNELS, (16, 32, 64, 128), (0, 1), (0, 1)
+    for width, channels, rule in itertools.product(
+        (16, 32, 64, 128), (False, True), ({}, {"delta": 1}, {"normalise": 1})
     ):
-        given = {"BLOCK": block, "CHANNELS": channels}
-        constants = operator.complete_constants(kernel, given, normalise)
-        launched.add((kernel.name, *sorted(constants.items())))
+        dims = {"T": None, "Dk": width, "Dv": width, "Dg": width if channels else 1}
+        for name, chosen in operator.variants(dims, operator.SPEC.complete_attributes(rule)):
+            constants = operator.complete_constants(kernels[name], chosen)
+            launched.add((name, *sorted(constants.items())))
     loaded = [v for v in load_variants() if v.kernel in operator.KERNELS]
     assert launched == {(v.kernel.name, *sorted(v.constants.items())) for v in loaded}
 

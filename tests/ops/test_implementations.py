@@ -1,8 +1,15 @@
-"""Every operator x case x implementation that needs no GPU, against the reference in fp32."""
+"""Every operator x case x dtype x implementation without a GPU, against the reference in fp32."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -15,21 +22,26 @@ from op_cases import (
     op_model,
     outputs_of,
     run_onnx,
+    torch_op,
 )
+from torch import Tensor
 
 from edgeattn.engine.tensorrt_rtx import check_build, is_available
-from edgeattn.errors import EdgeattnError
+from edgeattn.errors import EdgeattnError, RuntimeInputError
 from edgeattn.exporters.check import lint
 from edgeattn.ops import ALL_OPS
-from edgeattn.ops.spec import DOMAIN, Case, OpSpec
-from edgeattn.ops.torch_ops import TORCH_OPS, check_inputs, python_name, schema
+from edgeattn.ops.recurrent_linear_attention import SPEC as RECURRENT
+from edgeattn.ops.spec import Case, OpSpec
+from edgeattn.ops.torch_ops import TORCH_OPS, check_inputs, schema
 
 CASES = list(all_cases())
+# In the dossier's own dtype alone: what opcheck looks at hangs on none.
+OWN = [(spec, case) for spec in ALL_OPS for case in spec.cases]
 OPSETS = (21, 23)
 
-
-def torch_op(spec: OpSpec):
-    return getattr(getattr(torch.ops, DOMAIN), python_name(spec)).default
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs Triton: install edgeattn[kernels]"
+)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES, ids=case_id)
@@ -46,26 +58,25 @@ def test_function_body_is_the_reference(spec: OpSpec, case: Case, opset: int) ->
     proto = op_model(spec, case, opset, dynamic=("B", "T"))
     onnx.checker.check_model(proto, full_check=True)
     assert list(lint(proto)) == []
-    exact = exact_outputs(spec, case, inputs)
-    if case.dtype == "bf16":  # ONNX Runtime has few operators in bf16 on a CPU
-        feeds = {t.name: _numpy(x) for t, x in zip(spec.inputs, inputs, strict=True)}
-        found = [
-            torch.from_numpy(y.astype("float32"))
-            for y in ReferenceEvaluator(proto).run(None, feeds)
-        ]
-        found = [y.to(torch.bfloat16) if i == 0 else y for i, y in enumerate(found)]
-    else:
-        found = run_onnx(proto, inputs)
-    check_outputs(spec, case, found, exact)
+    # ONNX Runtime has few operators in bf16 on a CPU
+    run = run_in_onnx if case.dtype == "bf16" else run_onnx
+    check_outputs(spec, case, run(proto, inputs), exact_outputs(spec, case, inputs))
 
 
-def _numpy(x: torch.Tensor):
-    import onnx_ir as ir
+def run_in_onnx(proto: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A model's outputs in onnx's own evaluator, in the dtypes they have there."""
+    names = [value.name for value in proto.graph.input]
+    feeds = {name: ir.tensor(x).numpy() for name, x in zip(names, inputs, strict=True)}
+    found = ReferenceEvaluator(proto).run(None, feeds)
+    return [
+        torch.from_numpy(y.astype(np.float32)).bfloat16()
+        if y.dtype.name == "bfloat16"
+        else torch.from_numpy(y)
+        for y in found
+    ]
 
-    return ir.tensor(x).numpy()
 
-
-@pytest.mark.parametrize(("spec", "case"), CASES, ids=case_id)
+@pytest.mark.parametrize(("spec", "case"), OWN, ids=case_id)
 def test_opcheck(spec: OpSpec, case: Case) -> None:
     results = torch.library.opcheck(
         torch_op(spec), tuple(case_inputs(spec, case)), dict(case.attributes)
@@ -99,6 +110,45 @@ def test_refusals_of_the_torch_operator(spec: OpSpec) -> None:
         torch_op(spec)(*inputs, impl="cuda", **case.attributes)
 
 
+@needs_triton
+@pytest.mark.parametrize("spec", [spec for spec in ALL_OPS if spec.triton], ids=case_id)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_kernel_is_refused_on_a_cpu(spec: OpSpec, dtype: str) -> None:
+    """In a sentence, and the reference is not taken in its place."""
+    case = replace(spec.cases[0], dtype=dtype)
+    inputs = case_inputs(spec, case)
+    operator = torch_op(spec)
+    assert operator(*inputs, **case.attributes, impl="reference") is not None
+    with pytest.raises(RuntimeInputError, match=r"NVIDIA GPU .*, but they are on cpu.*impl="):
+        operator(*inputs, **case.attributes, impl="triton")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ALL_OPS if not spec.triton], ids=case_id)
+def test_an_operator_without_a_kernel_says_so(spec: OpSpec) -> None:
+    case = spec.cases[0]
+    with pytest.raises(RuntimeInputError, match=f"a Triton kernel for operator {spec.name}, but"):
+        torch_op(spec)(*case_inputs(spec, case), **case.attributes, impl="triton")
+
+
+def test_no_runtime_has_an_operator_of_its_own_under_our_names() -> None:
+    """TensorRT's parser minds no domain, and would take its own."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    taken = {schema.name for schema in get_all_operator_schema()}
+    assert "LinearAttention" in taken
+    assert taken.isdisjoint(spec.name for spec in ALL_OPS)
+
+
+@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX (extra rtx) is not installed")
+def test_tensorrt_has_no_operator_of_its_own_under_our_names() -> None:
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger()
+    parser = trt.OnnxParser(trt.Builder(logger).create_network(0), logger)
+    assert parser.supports_operator("Attention")
+    assert not [spec.name for spec in ALL_OPS if parser.supports_operator(spec.name)]
+
+
 @pytest.mark.skipif(not is_available(), reason="TensorRT-RTX (extra rtx) is not installed")
 @pytest.mark.parametrize("sm", [80, 86, 89, 120])
 @pytest.mark.parametrize("spec", ALL_OPS, ids=case_id)
@@ -109,3 +159,14 @@ def test_function_body_builds_in_tensorrt_rtx(spec: OpSpec, sm: int, tmp_path) -
     report = check_build(file, sm=sm, profiles={}, timeout_s=300)
     assert report.status == "built", report.reason
     assert report.plugin_layers == 0
+
+
+def test_without_triton_its_kernels_are_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("edgeattn.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    inputs = case_inputs(RECURRENT, RECURRENT.cases[0])
+    with pytest.raises(EdgeattnError, match=r"triton is not installed: .*edgeattn\[kernels\]"):
+        torch_op(RECURRENT)(*inputs, impl="triton", **RECURRENT.cases[0].attributes)

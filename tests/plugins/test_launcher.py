@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 import re
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from edgeattn.engine.toolchain import find_toolchain
 from edgeattn.ops.recurrent_linear_attention import SPEC
 
 CREATE = "create RecurrentLinearAttention"
@@ -247,23 +249,42 @@ def test_shared_memory_is_asked_for_where_it_must_be(library: Any) -> None:
         *("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"),
     ],
 )
-@pytest.mark.parametrize("code", [1, 209, 999, 123456])
-def test_every_failure_while_loading_is_told(library: Any, function: str, code: int) -> None:
-    answers = library.drive(CREATE, "device", *tensors(), *RUN, fail=f"{function}={code}")
-    assert (answers["shape"], answers["enqueue"]) == ("1", "1")
-    assert f"RecurrentLinearAttention: onShapeChange: expected {function} to" in answers.logged
-    assert f"({code})" in answers.logged
-    assert answers.launches == []
-    assert answers.logged.startswith("1 edgeattn: ")
+def test_every_failure_while_loading_is_told(library: Any, function: str) -> None:
+    for code in (*failure_codes(), 123456):
+        answers = library.drive(CREATE, "device", *tensors(), *RUN, fail=f"{function}={code}")
+        assert (answers["shape"], answers["enqueue"]) == ("1", "1")
+        assert f"RecurrentLinearAttention: onShapeChange: expected {function} to" in answers.logged
+        assert f"({code})" in answers.logged
+        assert answers.launches == []
+        assert answers.logged.startswith("1 edgeattn: ")
+
+
+def failure_codes() -> list[int]:
+    """Every failure that CUDA's header knows."""
+    text = (find_toolchain(platform.machine()).cuda / "cuda.h").read_text("utf-8", "replace")
+    codes = [int(code) for code in re.findall(r"CUDA_ERROR_\w+\s*=\s*(\d+)", text)]
+    assert len(codes) > 80
+    return codes
+
+
+@pytest.mark.parametrize("function", ["cuModuleGetFunction", "cuFuncSetAttribute"])
+def test_a_kernel_that_cannot_be_used_is_unloaded(library: Any, function: str) -> None:
+    answers = library.drive(CREATE, "device", *tensors(), *RUN, fail=f"{function}=1")
+    unloaded = [call.split()[1] for call in answers.calls if call.startswith("cuModuleUnload")]
+    assert unloaded == answers.loaded != []
 
 
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_failed_launch_ends_the_others(library: Any, nth: int) -> None:
-    answers = library.drive(CREATE, "device", *tensors(), *RUN, fail=f"cuLaunchKernel=700@{nth}")
-    assert (answers["shape"], answers["enqueue"]) == ("0", "1")
-    assert len(answers.launches) == nth
     kernel = ("states", "outputs")[nth - 1]
-    assert f"cuLaunchKernel to start kernel recurrent_linear_attention.{kernel}" in answers.logged
+    sentence = f"cuLaunchKernel to start kernel recurrent_linear_attention.{kernel}"
+    for code in failure_codes():
+        fail = f"cuLaunchKernel={code}@{nth}"
+        answers = library.drive(CREATE, "device", *tensors(), *RUN, fail=fail)
+        assert (answers["shape"], answers["enqueue"]) == ("0", "1")
+        assert len(answers.launches) == nth
+        assert sentence in answers.logged
+        assert f"({code})" in answers.logged
 
 
 def test_a_failed_load_is_tried_again(library: Any) -> None:
@@ -324,6 +345,7 @@ BAD_SHAPES: Sequence[tuple[dict[str, Any], str]] = (
     ({"dk": 20}, "head dimensions that are multiples of 8 up to 128, but 20 came"),
     ({"dv": 256}, "head dimensions that are multiples of 8 up to 128, but 256 came"),
     ({"t": 2**31}, "expected q [B, H, T, Dk] with sizes below 2^31"),
+    ({"t": 2**23 + 1}, "expected at most 8388608 rows of 64 numbers, but 8388609 came"),
     ({"dtype": "fp32"}, "states for fp32 BLOCK=64 CHANNELS=0 in the plugin library"),
     ({"dtype": "int8"}, "expected q in a dtype of the operator, but it has TensorRT's type 2"),
 )

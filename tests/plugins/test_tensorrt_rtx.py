@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from op_cases import op_model
+from op_cases import case_id, case_inputs, check_outputs, exact_outputs, op_model, run_onnx
 
 from edgeattn.engine import tensorrt_rtx
 from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
+from edgeattn.errors import LoweringError
 from edgeattn.ops.recurrent_linear_attention import SPEC
 from edgeattn.ops.spec import Case
 
@@ -26,8 +27,14 @@ pytestmark = pytest.mark.skipif(
 CASES = [case for case in SPEC.cases if case.dtype == "fp16"]
 
 
+def stored(case: Case, file: Path) -> Path:
+    """The model of one node, with the operator's function body inside."""
+    onnx.save(op_model(SPEC, case, 21, dynamic=("B", "T")), file)
+    return file
+
+
 def checked(case: Case, model: Path, library: Path | None, *, sm: int = 80) -> RtxReport:
-    onnx.save(op_model(SPEC, case, 21, dynamic=("B", "T")), model)
+    """A build of `stored` for decoding and prefill."""
 
     def shapes(batch: int, rows: int) -> Sequence[tuple[int, ...]]:
         return SPEC.input_shapes(replace(case, dims={**case.dims, "B": batch, "T": rows}))
@@ -38,24 +45,38 @@ def checked(case: Case, model: Path, library: Path | None, *, sm: int = 80) -> R
     return check_build(model, sm=sm, profiles=profiles, timeout_s=120, plugin_library=library)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_node_is_one_plugin_layer(case: Case, library: Any, tmp_path: Path) -> None:
-    report = checked(case, tmp_path / "model.onnx", library.path)
+    report = checked(case, stored(case, tmp_path / "model.onnx"), library.path)
     assert (report.status, report.reason, report.plugin_layers) == ("built", "", 1)
 
 
-@pytest.mark.parametrize("sm", [86, 89, 120])
-def test_it_builds_for_all_gpus_with_kernels(sm: int, library: Any, tmp_path: Path) -> None:
-    report = checked(CASES[0], tmp_path / "model.onnx", library.path, sm=sm)
+def test_one_file_serves_onnx_runtime_and_tensorrt(library: Any, tmp_path: Path) -> None:
+    """By its function body where there is no plugin; without either, what is missing is named."""
+    case = next(case for case in CASES if case.name == "unequal-widths")
+    file = stored(case, tmp_path / "model.onnx")
+    content = file.read_bytes()
+
+    inputs = case_inputs(SPEC, case)
+    check_outputs(SPEC, case, run_onnx(onnx.load(file), inputs), exact_outputs(SPEC, case, inputs))
+
+    for sm in (80, 86, 89, 120):
+        for plugins, layers in ((library.path, 1), (None, 0)):
+            report = checked(case, file, plugins, sm=sm)
+            assert (report.status, report.reason, report.plugin_layers) == ("built", "", layers)
+            assert report.sm == sm
+    assert file.read_bytes() == content
+
+    stripped = onnx.load(file)
+    del stripped.functions[:]
+    onnx.save(stripped, tmp_path / "stripped.onnx")
+    with pytest.raises(LoweringError, match=r"the plugin RecurrentLinearAttention.*no plugin lib"):
+        checked(case, tmp_path / "stripped.onnx", None)
+    report = checked(case, tmp_path / "stripped.onnx", library.path)
     assert (report.status, report.reason, report.plugin_layers) == ("built", "", 1)
-
-
-def test_without_the_library_the_body_is_built(tmp_path: Path) -> None:
-    report = checked(CASES[0], tmp_path / "model.onnx", None)
-    assert (report.status, report.plugin_layers) == ("built", 0)
 
 
 def test_the_library_moves(library: Any, tmp_path: Path) -> None:
     moved = shutil.copy(library.path, tmp_path / "another name.so")
-    report = checked(CASES[0], tmp_path / "model.onnx", Path(moved))
+    report = checked(CASES[0], stored(CASES[0], tmp_path / "model.onnx"), Path(moved))
     assert (report.status, report.plugin_layers) == ("built", 1)

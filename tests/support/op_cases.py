@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -15,6 +16,8 @@ from torch import Tensor
 from edgeattn.ops import ALL_OPS
 from edgeattn.ops.function import node
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
+from edgeattn.ops.torch_ops import python_name
+from edgeattn.verify.operators import Sample
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX = {
@@ -31,16 +34,30 @@ _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def cases_in_all_dtypes(spec: OpSpec) -> list[Case]:
+    """Every case of an operator in every dtype that its type variable "T" may have."""
+    allowed = next(t.dtypes for t in (*spec.inputs, *spec.outputs) if t.variable == "T")
+    return [replace(case, dtype=dtype) for case in spec.cases for dtype in allowed]
+
+
 def all_cases() -> Iterator[tuple[OpSpec, Case]]:
-    """Every case of every operator."""
+    """Every case of every operator in every dtype."""
     for spec in ALL_OPS:
-        for case in spec.cases:
+        for case in cases_in_all_dtypes(spec):
             yield spec, case
 
 
 def case_id(value: object) -> str:
     """A readable name of a parametrised test."""
-    return str(value.name) if isinstance(value, OpSpec | Case) else str(value)
+    if isinstance(value, Case):
+        return f"{value.name}-{value.dtype}"
+    return str(value.name) if isinstance(value, OpSpec) else str(value)
+
+
+def torch_op(spec: OpSpec) -> Callable[..., Any]:
+    """The operator as torch calls it."""
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, DOMAIN), python_name(spec)).default
+    return operator
 
 
 def dtype_of(tensor: Any, case: Case) -> str:
@@ -57,6 +74,16 @@ def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> list[Tensor]:
         x = values(torch.randn(shape, generator=generator))
         inputs.append(x.to(TORCH[dtype_of(tensor, case)]))
     return inputs
+
+
+def case_sample(spec: OpSpec, case: Case, node: str) -> Sample:
+    """A node as a bundle keeps it, had its graph computed what the reference does."""
+    inputs = case_inputs(spec, case)
+    # numpy has no bf16: there the numbers are kept as fp32
+    arrays = tuple((x.float() if x.dtype == torch.bfloat16 else x).numpy() for x in inputs)
+    expected = tuple(y.numpy() for y in exact_outputs(spec, case, inputs))
+    attributes = spec.complete_attributes(case.attributes)
+    return Sample(node, spec.name, case.dtype, attributes, arrays, expected, expected)
 
 
 def outputs_of(result: Any) -> tuple[Tensor, ...]:

@@ -13,10 +13,11 @@ pytest.importorskip("onnxruntime")
 import numpy as np
 import onnx
 import torch
-from op_cases import case_inputs, outputs_of
+from op_cases import case_sample
 
 from edgeattn.calibration.store import LayerStore
 from edgeattn.devices.registry import parse_target
+from edgeattn.engine.plugins import PluginNode
 from edgeattn.errors import BundleError, MissingDependencyError, ProofError
 from edgeattn.exporters.export import export_graph
 from edgeattn.models.checkpoint import open_checkpoint
@@ -30,6 +31,7 @@ from edgeattn.transforms.rotate import hadamard_rotations, rotate
 from edgeattn.verify.cases import build_cases
 from edgeattn.verify.operators import (
     Sample,
+    _sample,
     check_operators,
     first_wrong_operator,
     load_samples,
@@ -125,15 +127,24 @@ def test_a_proof_keeps_samples(exported: tuple[Model, Lowering, Path], tmp_path)
         check_triton([sample])
 
 
-def recurrent_sample(dtype: str = "fp16") -> Sample:
+def recurrent_sample() -> Sample:
     """One of an operator with a kernel, which no exported model has yet."""
     case = next(c for c in SPEC.cases if c.name == "odd-length-delta")
-    inputs = case_inputs(SPEC, replace(case, dtype=dtype))
-    exact = outputs_of(SPEC.reference(*(x.float() for x in inputs), **case.attributes))
-    attributes = SPEC.complete_attributes(case.attributes)
-    arrays = tuple(x.numpy() for x in inputs)
-    expected = tuple(y.numpy() for y in exact)
-    return Sample("mixer", SPEC.name, dtype, attributes, arrays, expected, expected)
+    return case_sample(SPEC, replace(case, dtype="fp16"), "mixer")
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_inputs_without_a_meaning_are_told_with_the_node(value: float) -> None:
+    """Kernels and plugins do not look at the numbers: this proof is where a model is refused."""
+    sample = recurrent_sample()
+    inputs = [x.copy() for x in sample.inputs]
+    inputs[3][..., -1] = value  # of the log-decays
+    shapes = tuple(x.shape for x in inputs)
+    node = PluginNode("mixer", sample.op, sample.dtype, shapes, sample.attributes)
+    with pytest.raises(
+        ProofError, match=f"log-decays of at most 0 in node mixer, but {value} came"
+    ):
+        _sample(node, tuple(inputs), sample.found)
 
 
 def test_samples_survive_a_file(tmp_path: Path) -> None:
@@ -167,7 +178,7 @@ def test_another_implementation_is_compared() -> None:
     assert check_operators("right", samples, reference).passed
     agreement = check_operators("late", samples, late)
     assert not agreement.passed
-    assert agreement.first_bad == "operator mixer"
+    assert agreement.first_bad == "operator mixer (RecurrentLinearAttention)"
 
 
 def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
-"""The kernels of RecurrentLinearAttention, interpreted: against the reference and fp64.
+"""The kernels of RecurrentLinearAttention, interpreted: against the formula in fp64.
 
-Run by test_recurrent_linear_attention.py, with TRITON_INTERPRET=1 set before Triton is imported.
+torch_operators.py compares them with the reference in all dtypes.
+
+Run by test_interpreted.py, with TRITON_INTERPRET=1 set before Triton is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from op_cases import case_inputs, check_outputs, exact_outputs, relative_error
+from op_cases import case_id, case_inputs, check_outputs, exact_outputs, relative_error
 from torch import Tensor
 
 from edgeattn.errors import RuntimeInputError
@@ -80,13 +82,14 @@ def assert_exact(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
         assert relative_error(value, right) <= FLOOR
 
 
-@pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
+# Triton's interpreter computes bf16 wrongly.
+CASES = [case for case in SPEC.cases if case.dtype != "bf16"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_cases(case: Case) -> None:
-    if case.dtype == "bf16":
-        pytest.skip("Triton's interpreter computes bf16 wrongly")
     inputs = case_inputs(SPEC, case)
     found = recurrent_linear_attention(*inputs, **case.attributes)
-    check_outputs(SPEC, case, found, exact_outputs(SPEC, case, inputs))
     check_outputs(SPEC, case, found, loop(inputs, **case.attributes))
 
 
@@ -209,7 +212,7 @@ def test_constants_fit_together(width: int, length: int, channels: bool, normali
     attributes = {**ATTRIBUTES, "normalise": int(normalise)}
     kernels = {kernel.name: kernel for kernel in KERNELS}
     for name, given_constants in variants(dims, attributes):
-        constants = complete_constants(kernels[name], given_constants, int(normalise))
+        constants = complete_constants(kernels[name], given_constants)
         assert tuple(constants) == kernels[name].constants
         assert constants["BLOCK"] in BLOCKS
         assert width <= constants["BLOCK"] <= max(2 * width, BLOCKS[0])
@@ -221,9 +224,9 @@ def test_constants_fit_together(width: int, length: int, channels: bool, normali
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({0: torch.float64}, "q in fp16, bf16 or fp32, but it is torch.float64"),
-        ({1: torch.float16}, "k in torch.float32, but it is torch.float16"),
-        ({5: torch.float16}, "past_state in torch.float32, but it is torch.float16"),
+        ({0: torch.float64}, "q in fp32 or fp16 or bf16 .* but it is torch.float64"),
+        ({1: torch.float16}, "k in fp32 like q .* but it is fp16"),
+        ({5: torch.float16}, "past_state in fp32 .* but it is fp16"),
     ],
 )
 def test_dtypes_without_a_kernel_are_refused(changed: dict, words: str) -> None:
@@ -251,8 +254,8 @@ def test_dimensions_without_a_kernel_are_refused(dims: dict, words: str) -> None
 
 def test_tensors_on_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case_inputs(SPEC, case_of(20))
-    with pytest.raises(RuntimeInputError, match="v on cpu, as q is, but it is on meta"):
+    with pytest.raises(RuntimeInputError, match=r"inputs on one device .*cpu.*meta"):
         recurrent_linear_attention(*inputs[:2], inputs[2].to("meta"), *inputs[3:])
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    with pytest.raises(RuntimeInputError, match="on an NVIDIA GPU, but they are on cpu"):
+    with pytest.raises(RuntimeInputError, match=r"on an NVIDIA GPU .*, but they are on cpu"):
         recurrent_linear_attention(*inputs)

@@ -1,6 +1,7 @@
-"""The kernels of RecurrentLinearAttention compute the operator.
+"""What kernels compute, and what takes them, in Triton's interpreter on a CPU.
 
-Triton reads TRITON_INTERPRET when kernels are defined, so their tests have a process of their own.
+Triton reads TRITON_INTERPRET when kernels are defined, so each file in interpreted/ has a process
+of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+FILES = sorted(Path(__file__).with_name("interpreted").glob("*.py"))
+
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: install edgeattn[kernels]")
-def test_interpreted() -> None:
-    tests = Path(__file__).parent / "interpreted" / "recurrent_linear_attention.py"
+@pytest.mark.parametrize("tests", FILES, ids=lambda file: file.stem)
+def test_interpreted(tests: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(tests)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
