@@ -59,9 +59,10 @@ tools:
 test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools
 	OMP_NUM_THREADS=1 EDGEATTN_TENSORRT_INCLUDE=$(abspath $(HEADERS)) $(BIN)/pytest $(PYTEST_ARGS)
 
-# The runtime half on the oldest pair we promise; skips by name where there is no python3.10.
+# What we promise of old releases: the runtime half on the oldest pair (skips by name where there is no
+# python3.10), the kernels on the oldest Triton.
 test-oldest: $(VENV)/.developer
-	$(BIN)/pytest -rs -m slow tests/test_light_install.py $(PYTEST_ARGS)
+	$(BIN)/pytest -rs -m slow tests/test_light_install.py tests/kernels/test_oldest_triton.py $(PYTEST_ARGS)
 
 lint: lint-style lint-types lint-layers
 lint-style: $(VENV)/.developer

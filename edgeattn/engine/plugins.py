@@ -248,6 +248,35 @@ def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: in
                 _refuse(library, node, kernel, constants, sm, [v.sm for v in found])
 
 
+def require_states(library: PluginLibrary, model: ModelProto) -> None:
+    """Refuses a graph with a state that plugins could not update in place.
+
+    TensorRT's builder takes all others (measured with TensorRT-RTX 1.7: it fails an assertion).
+
+    Args:
+        library: that TensorRT will load.
+        model: whose nodes `plugin_nodes` has read.
+
+    Raises:
+        LoweringError: naming the node and the state.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    given_back = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type not in library.ops:
+            continue
+        spec = find_op(node.op_type)
+        given = {t.name: name for t, name in zip(spec.inputs, node.input, strict=True)}
+        for tensor, name in zip(spec.outputs, node.output, strict=False):
+            if tensor.updates and given[tensor.updates] in constants and name not in given_back:
+                raise LoweringError(
+                    expected=f"{tensor.updates} of node {node.name or node.op_type} as an input of "
+                    "the graph, for TensorRT to update in place",
+                    came=f"it is a constant, and {tensor.name} no output",
+                    todo="export the model with its states as inputs and outputs",
+                )
+
+
 def runs_on(sm: int, compiled: int) -> bool:
     """Whether a GPU runs a cubin that was compiled for another (CUDA programming guide)."""
     both = {sm, compiled} <= set(_ORDINARY)

@@ -28,6 +28,7 @@ from edgeattn.engine.plugins import (
     missing_plugins,
     plugin_nodes,
     read_library,
+    require_states,
     require_variants,
 )
 from edgeattn.errors import BundleError, LoweringError
@@ -142,6 +143,7 @@ def _require_plugins(model: Path, sm: int, plugin_library: Path | None) -> int:
     if library is not None:
         library.require(platform.machine())
         require_variants(library, nodes, sm)
+        require_states(library, proto)
     for op in sorted(missing_plugins(proto, nodes) - set(library.ops if library else ())):
         raise LoweringError(
             expected=f"the plugin {op}, as the graph holds no function body of it",

@@ -8,8 +8,10 @@ import os
 import platform
 import shutil
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,20 +19,23 @@ pytest.importorskip("torch")
 
 import onnx
 from click.testing import CliRunner
-from op_cases import op_model
+from op_cases import case_inputs, op_model
 
+from edgeattn.bundle.bundle import Bundle
 from edgeattn.cli import main
 from edgeattn.cli.plugins import command
 from edgeattn.devices.registry import parse_target
 from edgeattn.engine import toolchain
-from edgeattn.engine.plugins import LIBRARY, PluginLibrary, read_library
+from edgeattn.engine.plugins import LIBRARY, PLUGIN_ABI, PluginLibrary, read_library
 from edgeattn.engine.tensorrt_rtx import check_build, is_available
 from edgeattn.errors import BundleError, EdgeattnError, LoweringError, MissingDependencyError
+from edgeattn.exporters.export import export_graph
 from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
 from edgeattn.ops.recurrent_linear_attention import SPEC
-from edgeattn.ops.spec import Case
+from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case
 from edgeattn.pipeline import export, plugins
 from edgeattn.recipe import Recipe
+from edgeattn.verify.operators import load_samples
 
 
 def missing_tools() -> str:
@@ -112,6 +117,81 @@ def test_a_graph_gets_the_library_of_its_target_and_one_for_the_check_here(
         )
     with pytest.raises(LoweringError, match=r"BLOCK=128 .*SM 87"):
         plugins.plugins_for(model(tmp_path, Dk=128), parse_target("jetson-orin"))
+
+
+def node_of(op_type: str, inputs: list[str], output: str, **attributes: int) -> onnx.NodeProto:
+    return onnx.helper.make_node(op_type, inputs, [output], **attributes)
+
+
+def zero(name: str, kind: int) -> Iterator[onnx.NodeProto]:
+    """A zero that no compiler knows to be one."""
+    yield node_of("ReduceMax", [name], f"largest of {name}", keepdims=0)
+    yield node_of("Sub", [f"largest of {name}"] * 2, f"nothing of {name}")
+    yield node_of("Cast", [f"nothing of {name}"], f"zero of {name}", to=kind)
+
+
+def with_recurrent_node(file: Path) -> None:
+    """Adds a node with a plugin to a written graph, on which its logits depend and are the same."""
+    proto = onnx.load(file, load_external_data=False)
+    opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    dims = {"B": 1, "H": 2, "Hkv": 2, "T": 20, "Dk": 64, "Dv": 64, "Dg": 1}
+    case = Case("one", dims, "fp16")
+    added = op_model(SPEC, case, opset)
+    for tensor, value in zip(SPEC.inputs, case_inputs(SPEC, case), strict=True):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), tensor.name))
+    (call,) = added.graph.node
+    states = ["past_state", "past_normaliser"]
+    call.input[:] = [f"{name} here" if name in states else name for name in call.input]
+    for node in proto.graph.node:
+        node.output[:] = ["without" if name == "logits" else name for name in node.output]
+    (logits,) = (value for value in proto.graph.output if value.name == "logits")
+    kind = logits.type.tensor_type.elem_type
+    nodes = [
+        *zero("without", onnx.TensorProto.FLOAT),
+        *(node_of("Add", [name, "zero of without"], f"{name} here") for name in states),
+        call,
+        *zero("y", kind),
+        node_of("Add", ["without", "zero of y"], "logits"),
+    ]
+    proto.graph.node.extend(nodes)
+    proto.functions.extend(added.functions)
+    if all(entry.domain != DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, OP_VERSION))
+    onnx.save(proto, file)
+
+
+@pytest.mark.usefixtures("shared_traces")
+def test_an_export_whose_graph_has_such_a_node_carries_the_library(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exporting(model: Any, lowering: Any, file: Path, *rest: Any, **keywords: Any) -> Any:
+        report = export_graph(model, lowering, file, *rest, **keywords)
+        with_recurrent_node(file)
+        return report
+
+    stages = []
+    smoke = functools.partial(plugins.build_plugins, subset="smoke")
+    monkeypatch.setattr(plugins, "build_plugins", smoke)
+    monkeypatch.setattr("edgeattn.exporters.export.export_graph", exporting)
+    report = export(
+        tiny_checkpoint,
+        Recipe("jetson-orin"),
+        tmp_path / "bundle",
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    assert {plugins.COMPILING, plugins.LINKING} <= set(stages)
+    bundle = Bundle.open(tmp_path / "bundle")
+    placed = bundle.path / "plugins" / "aarch64" / LIBRARY
+    assert report.plugins == read_library(placed)
+    assert bundle.manifest.plugin_abi == PLUGIN_ABI
+    assert f"plugins/aarch64/{LIBRARY}" in bundle.manifest.files
+    (sample,) = load_samples(bundle.path / "golden" / "operators.npz")
+    assert sample.op == "RecurrentLinearAttention"
+    assert bundle.manifest.verification.status == "passed"
+    if is_available():
+        assert report.verification is not None
+        assert report.verification.tensorrt is not None
+        assert report.verification.tensorrt.plugin_layers == 1
 
 
 @pytest.fixture

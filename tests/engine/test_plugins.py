@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import op_model
+from op_cases import constant_states, op_model
 
 from edgeattn.engine.embed_cubins import TABLE_MARKER
 from edgeattn.engine.plugins import (
@@ -24,6 +24,7 @@ from edgeattn.engine.plugins import (
     missing_plugins,
     plugin_nodes,
     read_library,
+    require_states,
     require_variants,
     runs_on,
 )
@@ -199,6 +200,25 @@ def test_what_is_not_declared_is_inferred_or_refused(library: PluginLibrary) -> 
     require_variants(library, [found], 87)
     with pytest.raises(LoweringError, match=r"fixed dimensions .* \[1, 2, 20, \?\]"):
         require_variants(library, nodes(case(), "Dk"), 87)
+
+
+@pytest.mark.parametrize(
+    ("constant", "output", "refused"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_states_that_cannot_be_updated_in_place_are_refused(
+    library: PluginLibrary, constant: bool, output: bool, refused: bool
+) -> None:
+    """Those, and those alone, that TensorRT's builder fails at (tests/plugins)."""
+    model = op_model(SPEC, case(), 21)
+    constant_states(model, constant=constant, output=output)
+    if not refused:
+        require_states(library, model)
+        return
+    with pytest.raises(
+        LoweringError, match=r"past_state of node .* in place, but it is a constant"
+    ):
+        require_states(library, model)
 
 
 def test_nodes_that_no_layer_count_would_see_are_refused() -> None:

@@ -13,7 +13,15 @@ import pytest
 
 pytest.importorskip("torch")
 
-from op_cases import case_id, case_inputs, check_outputs, exact_outputs, op_model, run_onnx
+from op_cases import (
+    case_id,
+    case_inputs,
+    check_outputs,
+    constant_states,
+    exact_outputs,
+    op_model,
+    run_onnx,
+)
 
 from edgeattn.engine import tensorrt_rtx
 from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
@@ -74,6 +82,21 @@ def test_one_file_serves_onnx_runtime_and_tensorrt(library: Any, tmp_path: Path)
         checked(case, tmp_path / "stripped.onnx", None)
     report = checked(case, tmp_path / "stripped.onnx", library.path)
     assert (report.status, report.reason, report.plugin_layers) == ("built", "", 1)
+
+
+@pytest.mark.parametrize(("constant", "output"), [(True, False), (True, True), (False, False)])
+def test_which_states_tensorrt_cannot_update_in_place(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: bool, output: bool
+) -> None:
+    """Should this fail, `require_states` refuses what TensorRT has learned to build."""
+    monkeypatch.setattr(tensorrt_rtx, "require_states", lambda library, model: None)
+    model = op_model(SPEC, next(case for case in CASES if case.name == "unequal-widths"), 21)
+    constant_states(model, constant=constant, output=output)
+    onnx.save(model, tmp_path / "model.onnx")
+    report = check_build(
+        tmp_path / "model.onnx", sm=80, profiles={}, timeout_s=120, plugin_library=library.path
+    )
+    assert report.status == ("refused" if constant and not output else "built"), report.reason
 
 
 def test_the_library_moves(library: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -152,3 +153,14 @@ def run_onnx(proto: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
     )
     feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, feeds)]
+
+
+def constant_states(model: onnx.ModelProto, *, constant: bool, output: bool) -> None:
+    """Makes the states of a model of one node constants, or takes their next values away."""
+    for value in [v for v in model.graph.input if constant and v.name.startswith("past_")]:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        zeros = onnx.numpy_helper.from_array(np.zeros(shape, np.float32), value.name)
+        model.graph.initializer.append(zeros)
+        model.graph.input.remove(value)
+    for value in [v for v in model.graph.output if not output and v.name.startswith("present_")]:
+        model.graph.output.remove(value)
