@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from edgeattn.ops.recurrent_linear_attention import ALIGNMENT
+from edgeattn.ops.kernel_widths import ALIGNMENT
 
 # Arguments of kernels that are integers, whatever they are called with.
 INTEGERS = ("T", "H", "HKV", "DK", "DV", "DG", "delta", "normalise")

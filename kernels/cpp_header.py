@@ -18,6 +18,7 @@ from edgeattn.kernels.variants import all_kernels
 _TYPES: Mapping[ArgumentType, str] = {
     "*T": "void const*",
     "*fp32": "float const*",
+    "*i32": "int32_t const*",
     "i32": "int32_t",
     "fp32": "float",
 }

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Of pointers: to the variant's dtype or to fp32; else numbers passed by value.
-ArgumentType = Literal["*T", "*fp32", "i32", "fp32"]
-TYPES: tuple[ArgumentType, ...] = ("*T", "*fp32", "i32", "fp32")
+# Of pointers: to the variant's dtype or to what is named; else numbers passed by value.
+ArgumentType = Literal["*T", "*fp32", "*i32", "i32", "fp32"]
+TYPES: tuple[ArgumentType, ...] = ("*T", "*fp32", "*i32", "i32", "fp32")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,26 @@
 """Custom operators of the ONNX domain `edgeattn`: one file per operator, each with its `SPEC`.
 
-To add one, write its file and list its SPEC here. Importing this loads no torch and no onnx.
+To add one, write its file. Importing this loads no torch and no onnx.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from edgeattn.errors import unknown_name
-from edgeattn.ops import hadamard_transform, recurrent_linear_attention
 from edgeattn.ops.spec import OpSpec
 
-ALL_OPS: tuple[OpSpec, ...] = (hadamard_transform.SPEC, recurrent_linear_attention.SPEC)
+# The modules here that are no operators.
+_PARTS = ("cpp_header", "function", "kernel_widths", "spec", "torch_ops")
+
+
+def _specs() -> tuple[OpSpec, ...]:
+    names = sorted({module.name for module in pkgutil.iter_modules(__path__)}.difference(_PARTS))
+    return tuple(importlib.import_module(f"{__name__}.{name}").SPEC for name in names)
+
+
+ALL_OPS: tuple[OpSpec, ...] = _specs()
 _BY_NAME = {spec.name: spec for spec in ALL_OPS}
 
 

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.errors import RuntimeInputError
+from edgeattn.ops.kernel_widths import block_of
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
     AttributeSpec,
@@ -157,14 +158,8 @@ def reference(
     return y, state.clone(), normaliser.clone()
 
 
-# What kernels are compiled for: head dimensions are padded to one of `BLOCKS` at run time, vectors
-# of `ALIGNMENT` numbers are loaded at once, fewer rows than `CHUNKED_LENGTH` are walked one by one.
-BLOCKS = (16, 32, 64, 128)
-ALIGNMENT = 8
+# Fewer rows than this are walked one by one.
 CHUNKED_LENGTH = 16
-# Rows times the larger head dimension: kernels count within a head in int32, also the states that
-# they write down every 64 rows or more, which have up to twice as many numbers as the rows.
-MOST_NUMBERS = 2**29
 
 
 def variants(
@@ -178,13 +173,7 @@ def variants(
     length, widths, dg = dims["T"], (dims["Dk"], dims["Dv"]), dims["Dg"]
     if not all(isinstance(width, int) for width in (*widths, dg)):
         return []
-    if max(widths) > BLOCKS[-1] or any(width % ALIGNMENT for width in widths):
-        expected = f"head dimensions that are multiples of {ALIGNMENT} up to {BLOCKS[-1]}"
-        raise _refused(expected, " and ".join(map(str, widths)))
-    if isinstance(length, int) and length * max(widths) > MOST_NUMBERS:
-        expected = f"at most {MOST_NUMBERS // max(widths)} rows of {max(widths)} numbers"
-        raise _refused(expected, f"{length}")
-    block = next(block for block in BLOCKS if block >= max(widths))
+    block = block_of("RecurrentLinearAttention", widths, length)
     decoding = {"BLOCK": block}
     if attributes["normalise"]:  # which is read by the program of every value, and written by one
         decoding["BLOCK_V"] = block

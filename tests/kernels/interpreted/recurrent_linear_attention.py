@@ -27,7 +27,8 @@ from edgeattn.kernels.recurrent_linear_attention import (
     launch,
     recurrent_linear_attention,
 )
-from edgeattn.ops.recurrent_linear_attention import BLOCKS, SPEC, variants
+from edgeattn.ops.kernel_widths import BLOCKS
+from edgeattn.ops.recurrent_linear_attention import SPEC, variants
 from edgeattn.ops.spec import Case
 
 ATTRIBUTES = {"delta": 0, "normalise": 0, "scale": 0.0, "epsilon": 1e-6}
