@@ -12,7 +12,7 @@ from onnxscript import values
 
 from edgeattn.ops import ALL_OPS, find_op
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, OpSpec
-from edgeattn.ops.torch_ops import TORCH_OPS, python_name
+from edgeattn.ops.torch_ops import TORCH_OPS
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
 
@@ -26,7 +26,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     for spec in ALL_OPS:
         assert spec.name in TORCH_OPS
         _register_schema(spec)
-        operator = getattr(getattr(torch.ops, DOMAIN), python_name(spec)).default
+        operator = getattr(getattr(torch.ops, DOMAIN), spec.snake_name).default
         table[operator] = _translation(spec)
     return table
 

@@ -264,9 +264,12 @@ def _parameters(ptx: str) -> tuple[str, ...]:
 
 def _words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Triton's own errors show code first and end with what is wrong with it.
-    last = "CompilationError" in type(error).__name__
-    text = lines[-1] if lines and last else " | ".join(lines[:3])
+    text = " | ".join(lines[:3])
+    if "CompilationError" in type(error).__name__:
+        # Triton's own errors show code with a mark below it, and then, or in their cause, why.
+        if (cause := error.__cause__) is not None and (not lines or lines[-1] == "^"):
+            return _words(cause) if isinstance(cause, Exception) else str(cause)
+        text = next((line for line in reversed(lines) if line != "^"), "")
     return f"{type(error).__name__}: {text}"[:_LINE]
 
 

@@ -18,16 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.kernels.chunks import INTEGERS, aligned, jit, load, load_row, place_program, store
 from edgeattn.kernels.kernel import ArgumentType, Kernel, cdiv
+from edgeattn.kernels.launch import check_call
 from edgeattn.kernels.recurrent_chunks import outputs, prepare, states
 from edgeattn.ops.recurrent_linear_attention import CHUNKED_LENGTH, SPEC, variants
-from edgeattn.ops.torch_ops import check_inputs
 
 
 @jit
@@ -169,18 +167,7 @@ def recurrent_linear_attention(
     """
     inputs = (q, k, v, log_decay, beta, past_state, past_normaliser)
     attributes = {"delta": delta, "normalise": normalise, "scale": scale, "epsilon": epsilon}
-    shapes = check_inputs(SPEC, inputs, attributes)
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeInputError(
-            expected="tensors on an NVIDIA GPU for the kernels of RecurrentLinearAttention",
-            came=f"they are on {q.device}",
-            todo='move them there, or call the operator with impl="reference"',
-        )
-    names = [tensor.name for tensor in SPEC.inputs]
-    tensors = dict(zip(names, (x.contiguous() for x in inputs), strict=True))
-    for output, shape in zip(SPEC.outputs, shapes, strict=True):
-        dtype = q.dtype if output.name == "y" else torch.float32
-        tensors[output.name] = q.new_empty(shape, dtype=dtype)
+    tensors = check_call(SPEC, inputs, attributes)
     launch(tensors, attributes)
     return tensors["y"], tensors["present_state"], tensors["present_normaliser"]
 

@@ -57,6 +57,7 @@ Examples:
     metavar="FILE",
     help="Plugin library for graphs that need one, instead of building it.",
 )
+@click.option("--no-plugins", is_flag=True, help="Leave TensorRT the operators' function bodies.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
     model: str,
@@ -67,6 +68,7 @@ def command(
     offline: bool,
     force: bool,
     plugin_lib: Path | None,
+    no_plugins: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -106,6 +108,7 @@ def command(
                 offline=offline,
                 verify=not no_verify,
                 force=force,
+                plugins=not no_plugins,
                 plugin_library=plugin_lib,
                 progress=progress,
             )

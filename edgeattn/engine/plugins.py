@@ -249,9 +249,10 @@ def require_variants(library: PluginLibrary, nodes: Iterable[PluginNode], sm: in
 
 
 def require_states(library: PluginLibrary, model: ModelProto) -> None:
-    """Refuses a graph with a state that plugins could not update in place.
+    """Refuses a graph with a state that TensorRT cannot update in place.
 
-    TensorRT's builder takes all others (measured with TensorRT-RTX 1.7: it fails an assertion).
+    That is a constant whose next value is no output of the graph (measured with TensorRT-RTX 1.7,
+    whose builder fails an assertion).
 
     Args:
         library: that TensorRT will load.
@@ -260,7 +261,7 @@ def require_states(library: PluginLibrary, model: ModelProto) -> None:
     Raises:
         LoweringError: naming the node and the state.
     """
-    constants = {tensor.name for tensor in model.graph.initializer}
+    constants = _constants(model.graph)
     given_back = {value.name for value in model.graph.output}
     for node in model.graph.node:
         if node.domain != DOMAIN or node.op_type not in library.ops:
@@ -275,6 +276,15 @@ def require_states(library: PluginLibrary, model: ModelProto) -> None:
                     came=f"it is a constant, and {tensor.name} no output",
                     todo="export the model with its states as inputs and outputs",
                 )
+
+
+def _constants(graph: GraphProto) -> set[str]:
+    """Values that depend on no input, which TensorRT computes while it builds."""
+    found = {"", *(tensor.name for tensor in graph.initializer)}
+    for node in graph.node:
+        if found.issuperset(node.input):
+            found.update(node.output)
+    return found
 
 
 def runs_on(sm: int, compiled: int) -> bool:
@@ -299,12 +309,20 @@ def _needed(node: PluginNode) -> Iterator[tuple[str, Mapping[str, int]]]:
     if spec.variants is None:
         return
     try:
+        spec.output_shapes(*node.shapes, **node.attributes)
+    except RuntimeInputError as error:
+        raise LoweringError(
+            expected=f"{error.expected}, in node {node.name}",
+            came=error.came,
+            todo=f"correct the model: edgeattn ops {spec.name} says what it takes",
+        ) from error
+    try:
         yield from spec.variants(bind(spec.inputs, node.shapes), node.attributes)
     except RuntimeInputError as error:
         raise LoweringError(
             expected=f"{error.expected} for the kernels of node {node.name}",
             came=error.came,
-            todo="export without plugins: the function body has no such limit",
+            todo="export with --no-plugins: the function body has no such limit",
         ) from error
 
 

@@ -5,7 +5,6 @@ Run as `python -m edgeattn.ops.cpp_header FOLDER` to write those of all operator
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,20 +16,9 @@ _ELEMENTS = {"fp32": "float", "int32": "int32_t", "int8": "int8_t"}
 _ATTRIBUTES = {"int": "int32_t", "float": "float", "string": "std::string"}
 
 
-def snake_name(spec: OpSpec) -> str:
-    """Of its files and kernels: "recurrent_linear_attention"."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", spec.name).lower()
-
-
 def cpp_header(spec: OpSpec) -> str:
-    """The header's text.
-
-    Raises:
-        ValueError: a shape has any number of dimensions, which no plugin knows to handle.
-    """
-    if any(LEADING in tensor.shape for tensor in (*spec.inputs, *spec.outputs)):
-        raise ValueError(f"operator {spec.name}: plugins take no shapes with {LEADING}")
-    source = f"edgeattn/ops/{snake_name(spec)}.py"
+    """The header's text; `LEADING` dimensions are one there, their product."""
+    source = f"edgeattn/ops/{spec.snake_name}.py"
     lines = [
         f"//! Written from {source} by edgeattn.ops.cpp_header; not to be edited.",
         "#pragma once",
@@ -38,7 +26,7 @@ def cpp_header(spec: OpSpec) -> str:
         '#include "core/op_info.h"',
         "",
         *(["#include <string>", ""] if any(a.type == "string" for a in spec.attributes) else []),
-        f"namespace edgeattn::{snake_name(spec)}",
+        f"namespace edgeattn::{spec.snake_name}",
         "{",
         "",
         *_dims(_symbols(spec)),
@@ -49,7 +37,7 @@ def cpp_header(spec: OpSpec) -> str:
         "",
         *_info(spec),
         "",
-        f"}} // namespace edgeattn::{snake_name(spec)}",
+        f"}} // namespace edgeattn::{spec.snake_name}",
         "",
     ]
     return "\n".join(lines)
@@ -58,7 +46,7 @@ def cpp_header(spec: OpSpec) -> str:
 def write_headers(specs: Sequence[OpSpec], folder: Path) -> None:
     """Writes <op>.h for each operator."""
     for spec in specs:
-        (folder / f"{snake_name(spec)}.h").write_text(cpp_header(spec), encoding="utf-8")
+        (folder / f"{spec.snake_name}.h").write_text(cpp_header(spec), encoding="utf-8")
 
 
 def _symbols(spec: OpSpec) -> list[str]:
@@ -71,7 +59,8 @@ def _dims(symbols: Sequence[str]) -> Iterator[str]:
     yield "//! Sizes behind the symbols of the shapes."
     yield "struct Dims"
     yield "{"
-    yield from (f"    int32_t {symbol};" for symbol in symbols)
+    members = ("leading" if symbol == LEADING else symbol for symbol in symbols)
+    yield from (f"    int32_t {member};" for member in members)
     yield ""
     yield "    static Dims of(Sizes const& sizes)"
     yield "    {"
@@ -145,7 +134,7 @@ def _info(spec: OpSpec) -> Iterator[str]:
     updated = {tensor.name: i for i, tensor in enumerate(spec.inputs)}
     yield from _tensor_table("kOUTPUTS", spec.outputs, updated)
     yield ""
-    names = (spec.name, str(OP_VERSION), DOMAIN, f"{snake_name(spec)}.")
+    names = (spec.name, str(OP_VERSION), DOMAIN, f"{spec.snake_name}.")
     yield f"inline constexpr OpInfo kINFO{{{', '.join(map(_quoted, names))},"
     yield "    kSYMBOLS, kINPUTS, kOUTPUTS};"
     yield ""
@@ -153,12 +142,14 @@ def _info(spec: OpSpec) -> Iterator[str]:
     yield "struct Op"
     yield "{"
     for name in ("Dims", "Attributes", "Tensors"):
-        yield f"    using {name} = {snake_name(spec)}::{name};"
-    yield f"    static constexpr OpInfo const& kINFO = {snake_name(spec)}::kINFO;"
+        yield f"    using {name} = {spec.snake_name}::{name};"
+    yield f"    static constexpr OpInfo const& kINFO = {spec.snake_name}::kINFO;"
     yield "};"
 
 
 def _dim(symbol: str | int, symbols: Mapping[str, int]) -> str:
+    if symbol == LEADING:
+        return f"{{{symbols[LEADING]}, kLEADING}}"
     return f"{{{symbols[symbol]}, 0}}" if isinstance(symbol, str) else f"{{-1, {symbol}}}"
 
 

@@ -14,7 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.errors import RuntimeInputError
-from edgeattn.ops.spec import STANDARD_TOLERANCE, Case, OpSpec, Shape, TensorSpec, bind
+from edgeattn.ops.spec import (
+    LEADING,
+    STANDARD_TOLERANCE,
+    Case,
+    OpSpec,
+    Shape,
+    TensorSpec,
+    bind,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
 _ONNX_FLOAT = 1  # TensorProto.FLOAT
 _INPUTS = (
-    TensorSpec("x", ("...", "N")),
+    TensorSpec("x", (LEADING, "N")),
     TensorSpec("left", ("K", "K")),
     TensorSpec("right", ("M", "M")),
 )
@@ -87,13 +95,57 @@ def function_body(opset: int) -> ir.Function:
     return body.function(body.op("Reshape", rotated, body.op("Shape", x)))
 
 
+# Kernels take factors up to this order; the larger one is multiplied part by part.
+LARGEST_LEFT = 256
+# Rows of x, seen as a matrix of M columns, are counted in int32.
+_MOST_ROWS = 2**31 - 1
+
+
+def rows_of_tile(block: int, k: int) -> int:
+    """Rows of whole blocks of K in a tile of `block` rows."""
+    return block // k * k
+
+
+def variants(
+    dims: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> list[tuple[str, dict[str, int]]]:
+    """The kernel a node needs.
+
+    Raises:
+        RuntimeInputError: no kernel is made for such factors, or for so many rows.
+    """
+    k, m = dims["K"], dims["M"]
+    if not (isinstance(k, int) and isinstance(m, int)):
+        return []
+    if k > LARGEST_LEFT:
+        raise _refused(f"a left factor of order {LARGEST_LEFT} at most", f"{k}")
+    sizes = (*dims[LEADING], dims["N"])
+    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) // m > _MOST_ROWS:
+        raise _refused(f"at most {_MOST_ROWS * m} numbers", f"{math.prod(sizes)}")
+    block_k = next(block for block in (64, 128, 256) if block >= k)
+    wide = block_k == 128 or (block_k == 64 and m > 64)
+    # Numbers loaded at once; orders of Hadamard matrices are 1, 2 and multiples of 4.
+    vector = next(vector for vector in (8, 4, 1) if m % vector == 0)
+    constants = {"BLOCK_K": block_k, "BLOCK_M": 128 if wide else 64, "VECTOR": vector}
+    return [("hadamard_transform.transform", constants)]
+
+
+def _refused(expected: str, came: str) -> RuntimeInputError:
+    return RuntimeInputError(
+        expected=expected, came=f"{came} came", todo="see HadamardTransform in edgeattn.ops"
+    )
+
+
 SPEC = OpSpec(
     name="HadamardTransform",
     inputs=_INPUTS,
-    outputs=(TensorSpec("y", ("...", "N")),),
+    outputs=(TensorSpec("y", (LEADING, "N")),),
     infer_shapes=infer_shapes,
     reference=reference,
     function_body=function_body,
+    triton="edgeattn.kernels.hadamard_transform:hadamard_transform",
+    plugin=True,
+    variants=variants,
     cases=(
         Case("decode", {"...": (1, 1), "N": 1536, "K": 32, "M": 48}),
         Case("heads", {"...": (2, 3, 5), "N": 64, "K": 8, "M": 8}, dtype="fp16"),
@@ -103,6 +155,8 @@ SPEC = OpSpec(
         Case("one-factor", {"...": (1, 2), "N": 12, "K": 1, "M": 12}),
         Case("bare-row", {"...": (), "N": 128, "K": 8, "M": 16}),
         Case("unlike-factors", {"...": (2, 3), "N": 11008, "K": 32, "M": 344}),
+        Case("wide", {"...": (2, 2), "N": 14336, "K": 112, "M": 128}, dtype="fp16"),
+        Case("widest", {"...": (3,), "N": 25600, "K": 160, "M": 160}, dtype="fp16"),
     ),
     tolerance=STANDARD_TOLERANCE,
 )

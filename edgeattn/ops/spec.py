@@ -211,6 +211,11 @@ class OpSpec:
         )
 
     @property
+    def snake_name(self) -> str:
+        """As torch, kernels and C++ files have it: "recurrent_linear_attention"."""
+        return re.sub(r"(?<=.)(?=[A-Z])", "_", self.name).lower()
+
+    @property
     def meaning(self) -> str:
         """The formula in words: the text at the head of the operator's file."""
         text = importlib.import_module(self.reference.__module__).__doc__ or ""

@@ -6,7 +6,6 @@ Importing this registers all of them. They take the inputs in order, the attribu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -30,11 +29,6 @@ DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
         torch.bool: "bool",
     }
 )
-
-
-def python_name(spec: OpSpec) -> str:
-    """The operator's name in snake_case, as torch, kernels and C++ files have it."""
-    return re.sub(r"(?<=.)(?=[A-Z])", "_", spec.name).lower()
 
 
 def schema(spec: OpSpec) -> str:
@@ -111,7 +105,7 @@ def _register(spec: OpSpec) -> Callable[..., Any]:
         return outputs if len(outputs) > 1 else outputs[0]
 
     operator = torch.library.custom_op(
-        f"{DOMAIN}::{python_name(spec)}", run, mutates_args=(), schema=schema(spec)
+        f"{DOMAIN}::{spec.snake_name}", run, mutates_args=(), schema=schema(spec)
     )
     operator.register_fake(fake)
     return operator

@@ -202,13 +202,27 @@ class CalibratedQuantizer:
         """
         from edgeattn.transforms.learn import split_windows
 
-        learned = self._rotations(model, None)
         plain = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
-        candidates = {
-            "learned": self._quantize(model, learned, "learned"),
-            "Hadamard": plain._quantize(model, plain._rotations(model, None), "hadamard"),
-        }
-        return self._best("learned rotations", candidates, split_windows(self.windows)[1])
+        hadamard = plain._rotations(model, None)
+        learned = self._rotations(model, None)
+        assert learned is not None
+        about = {"learning": learned[1]}
+        if not learned[1]["learned"]:  # they are those that learning started from
+            found, notes = plain._quantize(model, hadamard, "hadamard")
+            chosen = {"chosen": "Hadamard", "learned": "no better where it was learned"}
+        else:
+            candidates = {
+                "learned": self._quantize(model, learned, "learned"),
+                "Hadamard": plain._quantize(model, hadamard, "hadamard"),
+            }
+            found, notes = self._best(
+                "learned rotations", candidates, split_windows(self.windows)[1]
+            )
+            chosen = notes["learned rotations"]
+        if chosen["chosen"] != "learned":  # and are not kept for others
+            (self.work / ROTATIONS).unlink(missing_ok=True)
+            notes = {**about, **notes}
+        return found, {**notes, "learned rotations": chosen}
 
     def _best(
         self, title: str, candidates: dict[str, tuple[Model, dict[str, Any]]], sample: Tensor
@@ -219,7 +233,9 @@ class CalibratedQuantizer:
             name: math.exp(float(Head(found).losses(final_hidden(found, sample), sample).mean()))
             for name, (found, _) in candidates.items()
         }
-        chosen = min(perplexities, key=lambda name: perplexities[name])
+        chosen = min(
+            perplexities, key=lambda name: (math.isnan(perplexities[name]), perplexities[name])
+        )
         found, notes = candidates[chosen]
         perplexity = {f"perplexity {name}": value for name, value in perplexities.items()}
         return found, {title: {"chosen": chosen, **perplexity}, **notes}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import BundleError
+from edgeattn.errors import BundleError, UsageError
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
-from edgeattn.pipeline.plugins import given_library, place_library, plugins_for
+from edgeattn.pipeline.plugins import Plugins, given_library, place_library, plugins_for
 from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     open_checked,
@@ -153,6 +153,7 @@ def export(
     offline: bool = False,
     verify: bool = True,
     force: bool = False,
+    plugins: bool = True,
     plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -165,7 +166,9 @@ def export(
         offline: take a hub id from the cache alone.
         verify: prove the bundle before it appears; False is written into the manifest.
         force: replace a bundle at `output`.
-        plugin_library: for graphs that need one, instead of building it.
+        plugins: give a graph whose operators have TensorRT plugins their library; False leaves
+            TensorRT their function bodies.
+        plugin_library: for such graphs, instead of building it.
         progress: called with (stage, done, total).
 
     Raises:
@@ -175,6 +178,10 @@ def export(
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_inputs(recipe)
+    if plugin_library is not None and not plugins:
+        raise UsageError(
+            expected="--plugin-lib or --no-plugins", came="both were given", todo="leave one out"
+        )
     library = None if plugin_library is None else given_library(plugin_library, target)
     require_export_extra()
     clock = Clock(progress)
@@ -189,7 +196,7 @@ def export(
             clock,
             offline=offline,
         )
-        settled = (recipe, target, fitted, writer, output, work, verify, library, clock)
+        settled = (recipe, target, fitted, writer, output, work, verify, plugins, library, clock)
         return _export(checkpoint, *settled)
 
 
@@ -239,6 +246,7 @@ def _export(
     output: Path,
     work: Path,
     verify: bool,
+    with_plugins: bool,
     library: PluginLibrary | None,
     clock: Clock,
 ) -> ExportReport:
@@ -260,7 +268,9 @@ def _export(
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_text_files(writer, checkpoint, lowering)
     model_file = writer.path / layout.MODEL
-    plugins = plugins_for(model_file, target, library=library, progress=clock.progress)
+    plugins = None
+    if with_plugins:
+        plugins = plugins_for(model_file, target, library=library, progress=clock.progress)
     placed = place_library(plugins.target, writer.path / layout.PLUGINS) if plugins else None
     learned = work / layout.ROTATIONS
     if lowering.scheme.rotation == "learned" and learned.exists():  # for a later --rotations
@@ -283,7 +293,7 @@ def _export(
         clock.start("measuring quality")
         quality = _quality(checkpoint, recipe, lowering, model_file, windows, clock)
     clock.stop()
-    notes = transformed.notes
+    notes = {**transformed.notes, **_about_plugins(plugins, library, verify)}
     if placed is not None:  # the bundle moves to its place when it is whole
         placed = replace(placed, path=output / placed.path.relative_to(writer.path))
     report = ExportReport(
@@ -294,6 +304,17 @@ def _export(
     write_manifest(writer, checkpoint, recipe, target, report, shape)
     writer.commit()
     return report
+
+
+def _about_plugins(
+    plugins: Plugins | None, given: PluginLibrary | None, verify: bool
+) -> dict[str, Any]:
+    """What the report says of the plugin library, nothing where there is none."""
+    if plugins is None:
+        return {} if given is None else {"plugins": {given.path.name: "not needed, left out"}}
+    sms = ", ".join(f"SM {sm}" for sm in plugins.target.sms)
+    about = {"library": f"for {plugins.target.arch}, {sms}: {', '.join(plugins.target.ops)}"}
+    return {"plugins": {**about, "checked here": plugins.checked if verify else "no: --no-verify"}}
 
 
 def _eval_windows(

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
 
 from edgeattn.devices.registry import Target, all_devices
+from edgeattn.devices.schema import Gpu
 from edgeattn.engine.plugins import (
     LIBRARY,
     PluginLibrary,
+    PluginNode,
     plugin_nodes,
     read_library,
+    require_states,
     require_variants,
     runs_on,
 )
 from edgeattn.engine.tensorrt_rtx import is_available
 from edgeattn.engine.toolchain import ARCHITECTURES, Toolchain, build_library, find_toolchain
-from edgeattn.errors import BundleError, LoweringError, UsageError, unknown_name
+from edgeattn.errors import LoweringError, UsageError, unknown_name
 from edgeattn.ops import find_op
+from edgeattn.pipeline.plugin_cache import (
+    LibraryRequest,
+    alone_in,
+    cache_folder,
+    finished_library,
+    hashed,
+)
 
 if TYPE_CHECKING:
-    from importlib.abc import Traversable
-
     from edgeattn.kernels.manifest import Manifest
+    from edgeattn.kernels.variants import Variant
 
 Progress = Callable[[str, int, int], None]
 
 COMPILING, LINKING = "compiling kernels", "building the library"
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels and libraries are kept, as the XDG specification says."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edgeattn")
 
 
 def default_sms(arch: str) -> tuple[int, ...]:
@@ -61,6 +61,7 @@ def build_plugins(
     arch: str,
     sms: Sequence[int],
     *,
+    ops: Sequence[str] | None = None,
     subset: str | None = None,
     tensorrt: Path | None = None,
     jobs: int | None = None,
@@ -71,6 +72,7 @@ def build_plugins(
     Args:
         arch: "x86_64" or "aarch64"; no machine of that kind is needed.
         sms: GPUs to compile kernels for; none is needed either.
+        ops: operators to have plugins for; None for all.
         subset: of the table of variants; None for all.
         tensorrt: folder of TensorRT's headers, instead of looking.
         jobs: compilers at a time; None for one per processor.
@@ -90,11 +92,12 @@ def build_plugins(
     from edgeattn.engine.embed_cubins import embed_cubins
     from edgeattn.kernels.aot import compile_variants, write
     from edgeattn.kernels.manifest import MANIFEST
-    from edgeattn.kernels.variants import load_variants
 
+    request = LibraryRequest(arch, tuple(sms), None if ops is None else tuple(ops), subset)
+    place = request.folder()  # of the sources before they are compiled: they may change meanwhile
     cubins = cache_folder() / "cubins"
     manifest = compile_variants(
-        load_variants(subset),
+        _variants(request),
         sms,
         cache=cubins,
         jobs=jobs,
@@ -104,7 +107,7 @@ def build_plugins(
         progress(LINKING, 0, 1)
     with (
         as_file(files("edgeattn.plugins")) as sources,
-        _alone(cache_folder() / "plugins" / _build_key(toolchain, sources, manifest)) as folder,
+        alone_in(cache_folder() / "plugins" / _build_key(toolchain, sources, manifest)) as folder,
     ):
         write(manifest, folder / "cubins", cache=cubins)
         embed_cubins(folder / "cubins" / MANIFEST, folder / "embedded")
@@ -112,24 +115,26 @@ def build_plugins(
             build_library(toolchain, sources, folder / "embedded", folder / "build")
         )
         library.require(arch)
-        library = place_library(library, _finished(arch, sms, subset))
+        library = place_library(library, place)
     if progress:
         progress(LINKING, 1, 1)
     return library
 
 
-def finished_library(
-    arch: str, sms: Sequence[int], *, subset: str | None = None
-) -> PluginLibrary | None:
-    """What `build_plugins` made of these very sources before; needs no tool.
+def _variants(request: LibraryRequest) -> list[Variant]:
+    from edgeattn.kernels.variants import load_variants
 
-    Returns:
-        None where it was not built, or the file is damaged.
-    """
-    try:
-        return read_library(_finished(arch, sms, subset) / arch / LIBRARY)
-    except BundleError:
-        return None
+    found = list(load_variants(request.subset))
+    if request.ops is None:
+        return found
+    wanted = {find_op(name).snake_name for name in request.ops}
+    return [variant for variant in found if variant.kernel.name.partition(".")[0] in wanted]
+
+
+def _build_key(toolchain: Toolchain, sources: Path, manifest: Manifest) -> str:
+    """Which builds share a folder: CMake finds out itself what of the sources has changed."""
+    facts = {"sources": str(sources), "kernels": manifest.kernels_sha256}
+    return hashed(toolchain.arch, {**toolchain.to_dict(), **facts})
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,12 @@ class Plugins:
         target: for the device, which the bundle carries.
         host: for the check with TensorRT-RTX on this machine; None where that has no part, or where
             a library was given for the device and none is there for this machine.
+        checked: what the check here says of the plugins, for the report.
     """
 
     target: PluginLibrary
     host: PluginLibrary | None
+    checked: str
 
 
 def given_library(file: Path, target: Target) -> PluginLibrary:
@@ -154,8 +161,8 @@ def given_library(file: Path, target: Target) -> PluginLibrary:
         BundleError: the file is no library of plugins, or one for another processor.
         LoweringError: it has no kernels for the target's GPU.
     """
-    gpu = target.device.gpu
-    if gpu is None or target.flavour == "onnxruntime":
+    gpu = _gpu_with_plugins(target)
+    if gpu is None:
         raise UsageError(
             expected="--plugin-lib for a target with TensorRT",
             came=f"{target.name} runs ONNX Runtime, which takes the operators' function bodies",
@@ -170,6 +177,10 @@ def given_library(file: Path, target: Target) -> PluginLibrary:
             todo=f"build one with edgeattn plugins build --arch {gpu.host} --sm {gpu.sm}",
         )
     return library
+
+
+def _gpu_with_plugins(target: Target) -> Gpu | None:
+    return None if target.flavour == "onnxruntime" else target.device.gpu
 
 
 def plugins_for(
@@ -190,26 +201,54 @@ def plugins_for(
     Raises:
         EdgeattnError: the library cannot be built, or has no kernel for a node.
     """
-    nodes = plugin_nodes(onnx.load(model_file, load_external_data=False))
-    gpu = target.device.gpu
-    if gpu is None or target.flavour == "onnxruntime":
+    gpu = _gpu_with_plugins(target)
+    if gpu is None:
         return None
-    if not any(find_op(node.op).plugin for node in nodes):
+    model = onnx.load(model_file, load_external_data=False)
+    nodes = plugin_nodes(model)
+    ops = _ops_with_plugin(nodes)
+    if not ops:
         return None
-    chosen = library or _library(gpu.host, gpu.sm, progress)
+    chosen = library or _library(LibraryRequest(gpu.host, (gpu.sm,), ops), progress)
     require_variants(chosen, nodes, gpu.sm)
+    require_states(chosen, model)
     if not is_available():
-        return Plugins(chosen, None)
+        return Plugins(chosen, None, "no: TensorRT-RTX is not installed")
     here, sm = platform.machine(), gpu.nearest_rtx_sm
     if chosen.arch == here and any(runs_on(sm, compiled) for compiled in chosen.sms):
-        return Plugins(chosen, chosen)
+        return Plugins(chosen, chosen, f"by TensorRT-RTX, for SM {sm}")
+    request = LibraryRequest(here, (sm,), ops)
     # Who gives a library may lack the tools that build one.
-    host = _library(here, sm, progress) if library is None else finished_library(here, [sm])
-    return Plugins(chosen, host)
+    host = _library(request, progress) if library is None else finished_library(request)
+    if host is None:
+        return Plugins(chosen, None, f"no: there is none for {here}; function bodies were built")
+    return Plugins(chosen, host, f"by TensorRT-RTX, with those for {here} and SM {sm}")
 
 
-def _library(arch: str, sm: int, progress: Progress | None) -> PluginLibrary:
-    return finished_library(arch, [sm]) or build_plugins(arch, [sm], progress=progress)
+def _library(request: LibraryRequest, progress: Progress | None) -> PluginLibrary:
+    found = finished_library(request)
+    return found or build_plugins(request.arch, request.sms, ops=request.ops, progress=progress)
+
+
+def library_for_check(model_file: Path, rtx_sm: int | None) -> Path | None:
+    """A library built on this machine for the plugins of a graph, never one out of a bundle.
+
+    Args:
+        model_file: the graph.
+        rtx_sm: the GPU that TensorRT-RTX builds for; None where it has no part.
+
+    Returns:
+        None where the graph needs none, or none was built: the function bodies are checked then.
+    """
+    if rtx_sm is None:
+        return None
+    ops = _ops_with_plugin(plugin_nodes(onnx.load(model_file, load_external_data=False)))
+    found = finished_library(LibraryRequest(platform.machine(), (rtx_sm,), ops)) if ops else None
+    return None if found is None else found.path
+
+
+def _ops_with_plugin(nodes: Sequence[PluginNode]) -> tuple[str, ...]:
+    return tuple(sorted({node.op for node in nodes if find_op(node.op).plugin}))
 
 
 def place_library(library: PluginLibrary, folder: Path) -> PluginLibrary:
@@ -221,48 +260,8 @@ def place_library(library: PluginLibrary, folder: Path) -> PluginLibrary:
     partial = Path(name)
     try:
         shutil.copyfile(library.path, partial)
-        partial.chmod(0o644)  # which mkstemp keeps to its owner
+        partial.chmod(0o644)  # mkstemp keeps it to its owner
         partial.replace(place / LIBRARY)
     finally:
         partial.unlink(missing_ok=True)
     return read_library(place / LIBRARY)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """The folder of a build, when no other process builds there any more."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
-
-
-def _build_key(toolchain: Toolchain, sources: Path, manifest: Manifest) -> str:
-    """Which builds share a folder: CMake finds out itself what of the sources has changed."""
-    facts = {"sources": str(sources), "kernels": manifest.kernels_sha256}
-    return _hashed(toolchain.arch, {**toolchain.to_dict(), **facts})
-
-
-def _finished(arch: str, sms: Sequence[int], subset: str | None) -> Path:
-    """The folder of the library that is made of this edgeattn's sources."""
-    sources = {
-        f"{package}/{name}": hashlib.sha256(content).hexdigest()
-        for package in ("kernels", "ops", "plugins")
-        for name, content in _contents(files(f"edgeattn.{package}"))
-    }
-    facts = {"sms": sorted(set(sms)), "subset": subset, "sources": sources}
-    return cache_folder() / "libraries" / _hashed(arch, facts)
-
-
-def _contents(folder: Traversable) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a folder and those below."""
-    for entry in folder.iterdir():
-        if entry.is_file():
-            yield entry.name, entry.read_bytes()
-        elif entry.name != "__pycache__":
-            yield from ((f"{entry.name}/{name}", content) for name, content in _contents(entry))
-
-
-def _hashed(arch: str, facts: Mapping[str, Any]) -> str:
-    text = json.dumps(facts, sort_keys=True)
-    return f"{arch}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -128,7 +128,7 @@ def quantize_checkpoint(
     ):
         checkpoint, _ = open_checked(
             model,
-            lambda outline: _check(lowering, outline.shape, output),
+            lambda outline: _check(recipe, lowering, outline.shape, output),
             clock,
             offline=offline,
         )
@@ -163,7 +163,7 @@ def _require_torch() -> None:
         )
 
 
-def _check(lowering: Lowering, shape: ModelShape, output: Path) -> None:
+def _check(recipe: Recipe, lowering: Lowering, shape: ModelShape, output: Path) -> None:
     """Refuses what cannot be done for a model, or what the disk cannot hold."""
     from edgeattn.models.families import parameter_names
 
@@ -172,7 +172,7 @@ def _check(lowering: Lowering, shape: ModelShape, output: Path) -> None:
     written = shape if lowering.scheme.rotation == "none" else untied
     size = 4 if lowering.dtype == "fp32" else 2
     needed = size * sum(math.prod(sizes) for sizes in parameter_names(written).values())
-    needed += work_bytes(shape, lowering.scheme, size)
+    needed += work_bytes(shape, lowering.scheme, size, learns=recipe.rotations is None)
     place = Path(os.path.abspath(output)).parent
     free = shutil.disk_usage(place).free
     if needed > free:

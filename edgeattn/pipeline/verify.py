@@ -46,6 +46,7 @@ def verify_bundle(
     """
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.bundle.graph import read_graph
+    from edgeattn.pipeline.plugins import library_for_check
     from edgeattn.verify.verify import check
 
     if backend not in BACKENDS:
@@ -62,6 +63,7 @@ def verify_bundle(
         lowering,
         bundle.shape,
         tensorrt=tensorrt,
+        plugin_library=library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None,
         progress=progress,
     )
 

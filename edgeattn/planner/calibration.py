@@ -92,13 +92,14 @@ def learning_bytes(shape: ModelShape, length: int) -> int:
     return 4 * (numbers + _LOGITS * length * shape.vocab_size)
 
 
-def work_bytes(shape: ModelShape, scheme: Scheme, wide: int) -> int:
+def work_bytes(shape: ModelShape, scheme: Scheme, wide: int, *, learns: bool = True) -> int:
     """Disk for finished layers, until what they are for is there: a byte for every weight.
 
     Args:
         shape: the architecture.
         scheme: what is done; nothing for one that needs no text.
         wide: bytes of a scale.
+        learns: learned rotations are not given in a file.
     """
     if not scheme.needs_calibration:
         return 0
@@ -111,15 +112,15 @@ def work_bytes(shape: ModelShape, scheme: Scheme, wide: int) -> int:
     head = stored(shape.vocab_size, shape.hidden_size, scheme.head) if scheme.small_head else 0
     # As they are while they are learned, and as they were found.
     matrices = shape.hidden_size**2 + shape.num_layers * shape.head_dim**2
-    rotations = 2 * 8 * matrices if scheme.rotation == "learned" else 0
-    return _candidates(scheme) * (shape.num_layers * layer + head) + rotations
+    rotations = 2 * 8 * matrices if scheme.rotation == "learned" and learns else 0
+    return _candidates(scheme, learns) * (shape.num_layers * layer + head) + rotations
 
 
 def _block_weights(shape: ModelShape) -> int:
     return shape.num_layers * sum(n * k for n, k in shape.linears().values())
 
 
-def _candidates(scheme: Scheme, learns: bool = True) -> int:
+def _candidates(scheme: Scheme, learns: bool) -> int:
     """How often the model is quantised: where rotations are compared, twice."""
     return 2 if scheme.rotation == "auto" or (scheme.rotation == "learned" and learns) else 1
 

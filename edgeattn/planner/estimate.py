@@ -137,7 +137,7 @@ def estimate(
     weights = weight_file_bytes(shape, lowering)
     graph = graph_bytes(shape, lowering)
     disk = weights + graph + text_bytes + _SMALL_BYTES
-    disk += work_bytes(shape, scheme, DTYPE_BYTES[lowering.dtype])
+    disk += work_bytes(shape, scheme, DTYPE_BYTES[lowering.dtype], learns=learns)
     if verify:
         disk += golden_bytes(shape, lowering)
         disk += _REPORT_BYTES + _REPORT_BLOCK_BYTES * shape.num_layers

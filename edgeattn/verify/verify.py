@@ -164,6 +164,7 @@ def check(
     shape: ModelShape,
     *,
     tensorrt: bool = True,
+    plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compares a graph with golden vectors; where they agree, TensorRT-RTX parses and builds it.
@@ -174,6 +175,7 @@ def check(
         lowering: what was decided when it was exported.
         shape: of the model.
         tensorrt: whether to ask TensorRT-RTX, where the target has a TensorRT.
+        plugin_library: that TensorRT-RTX loads here; None for the function bodies.
         progress: called with (stage, done, total).
     """
     agreement = check_onnxruntime(
@@ -181,7 +183,7 @@ def check(
     )
     if not tensorrt:
         return Verification((agreement,), None)
-    return _with_tensorrt(agreement, model_file, lowering, shape, None, progress)
+    return _with_tensorrt(agreement, model_file, lowering, shape, plugin_library, progress)
 
 
 def check_onnxruntime(

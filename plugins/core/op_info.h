@@ -71,11 +71,14 @@ constexpr int32_t kMAX_SYMBOLS = 16;
 //! Sizes behind the symbols of an operator's shapes, in the order of OpInfo::symbols; -1 where not known.
 using Sizes = std::array<int32_t, kMAX_SYMBOLS>;
 
+//! As DimInfo::size: of a symbol for any number of dimensions, whose size is their product.
+constexpr int32_t kLEADING = -1;
+
 //! One dimension of a tensor: a symbol, or a size that is always the same.
 struct DimInfo
 {
     int32_t symbol; //!< index in OpInfo::symbols, or -1
-    int32_t size;
+    int32_t size;   //!< where it is no symbol; kLEADING, in the first dimension only
 };
 
 struct TensorInfo

@@ -116,6 +116,43 @@ void requireCount(char const* kind, int32_t expected, int32_t came)
     }
 }
 
+bool hasLeading(TensorInfo const& tensor)
+{
+    return tensor.shape.size > 0 && tensor.shape[0].size == kLEADING;
+}
+
+bool hasRank(TensorInfo const& tensor, int32_t rank)
+{
+    return hasLeading(tensor) ? rank >= tensor.shape.size - 1 : rank == tensor.shape.size;
+}
+
+//! By how much dimensions lie behind those of the operator's shape, which has one for all leading ones.
+int32_t shiftOf(TensorInfo const& tensor, int32_t rank)
+{
+    return rank - tensor.shape.size;
+}
+
+//! A dimension of the operator's shape in that of a tensor: -1 where it is not known.
+int64_t sizeOf(TensorInfo const& tensor, nvinfer1::Dims const& dims, int32_t d)
+{
+    int32_t const shift = shiftOf(tensor, dims.nbDims);
+    if (!hasLeading(tensor) || d > 0)
+    {
+        return dims.d[d + shift];
+    }
+    int64_t product = 1;
+    for (int32_t i = 0; i <= shift; ++i)
+    {
+        if (dims.d[i] < 0)
+        {
+            return -1;
+        }
+        // Of two sizes below 2^31 the product fits; what is larger is refused by its first part.
+        product = std::min(product, int64_t{INT32_MAX} + 1) * std::min<int64_t>(dims.d[i], INT32_MAX);
+    }
+    return product;
+}
+
 //! The sizes of all symbols.
 //!
 //! \param dimsOf dimensions of the i-th input.
@@ -129,27 +166,28 @@ Sizes bind(OpInfo const& op, bool exact, DimsOf&& dimsOf)
     {
         TensorInfo const& tensor = op.inputs[i];
         nvinfer1::Dims const& dims = dimsOf(i);
-        if (dims.nbDims != tensor.shape.size)
+        if (!hasRank(tensor, dims.nbDims))
         {
             throw misfit(op, tensor, dims, "");
         }
-        for (int32_t d = 0; d < dims.nbDims; ++d)
+        for (int32_t d = 0; d < tensor.shape.size; ++d)
         {
             DimInfo const& dim = tensor.shape[d];
             bool const isSymbol = dim.symbol >= 0;
             int64_t const known = isSymbol ? sizes[dim.symbol] : dim.size;
-            if (exact && known >= 0 && dims.d[d] != known)
+            int64_t const size = sizeOf(tensor, dims, d);
+            if (exact && known >= 0 && size != known)
             {
                 throw misfit(op, tensor, dims,
                     isSymbol ? std::string(" with ") + op.symbols[dim.symbol] + " = " + std::to_string(known) : "");
             }
-            if (dims.d[d] > INT32_MAX)
+            if (size > INT32_MAX)
             {
                 throw misfit(op, tensor, dims, " with sizes below 2^31");
             }
             if (isSymbol)
             {
-                sizes[dim.symbol] = static_cast<int32_t>(std::max(known, dims.d[d]));
+                sizes[dim.symbol] = static_cast<int32_t>(std::max(known, size));
             }
         }
     }
@@ -187,16 +225,23 @@ bool isKnown(OpInfo const& op, Sizes const& sizes)
     return std::all_of(sizes.begin(), sizes.begin() + op.symbols.size, [](int32_t size) { return size >= 0; });
 }
 
-//! The input dimension behind a symbol.
-nvinfer1::IDimensionExpr const* find(OpInfo const& op, nvinfer1::DimsExprs const* inputs, int32_t symbol)
+//! Appends the input dimensions behind a symbol, of which leading ones are many.
+void append(OpInfo const& op, nvinfer1::DimsExprs const* inputs, int32_t symbol, nvinfer1::DimsExprs& output)
 {
     for (int32_t i = 0; i < op.inputs.size; ++i)
     {
-        for (int32_t d = 0; d < op.inputs[i].shape.size; ++d)
+        TensorInfo const& tensor = op.inputs[i];
+        int32_t const shift = shiftOf(tensor, inputs[i].nbDims);
+        for (int32_t d = 0; d < tensor.shape.size; ++d)
         {
-            if (op.inputs[i].shape[d].symbol == symbol)
+            if (tensor.shape[d].symbol == symbol)
             {
-                return inputs[i].d[d];
+                bool const many = tensor.shape[d].size == kLEADING;
+                for (int32_t from = many ? 0 : d + shift; from <= d + shift; ++from)
+                {
+                    output.d[output.nbDims++] = inputs[i].d[from];
+                }
+                return;
             }
         }
     }
@@ -282,7 +327,7 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
         requireCount("outputs", mOp.outputs.size, nbOutputs);
         for (int32_t i = 0; i < nbInputs; ++i)
         {
-            if (inputs[i].nbDims != mOp.inputs[i].shape.size)
+            if (!hasRank(mOp.inputs[i], inputs[i].nbDims))
             {
                 throw Error(textOf(mOp, mOp.inputs[i]), "it has " + std::to_string(inputs[i].nbDims) + " dimensions",
                     kGIVE_SHAPES);
@@ -290,12 +335,17 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
         }
         for (int32_t i = 0; i < nbOutputs; ++i)
         {
-            auto const& shape = mOp.outputs[i].shape;
-            outputs[i].nbDims = shape.size;
-            for (int32_t d = 0; d < shape.size; ++d)
+            outputs[i].nbDims = 0;
+            for (auto const& dim : mOp.outputs[i].shape)
             {
-                outputs[i].d[d]
-                    = shape[d].symbol >= 0 ? find(mOp, inputs, shape[d].symbol) : builder.constant(shape[d].size);
+                if (dim.symbol >= 0)
+                {
+                    append(mOp, inputs, dim.symbol, outputs[i]);
+                }
+                else
+                {
+                    outputs[i].d[outputs[i].nbDims++] = builder.constant(dim.size);
+                }
             }
         }
     }));

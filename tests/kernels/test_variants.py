@@ -25,7 +25,7 @@ needs_triton = pytest.mark.skipif(
 
 # All operators together may have this many per SM: compile time and size of the plugin library.
 MOST_PER_SM = 150
-PER_SM = {"recurrent_linear_attention": 60}
+PER_SM = {"recurrent_linear_attention": 60, "hadamard_transform": 18}
 
 TABLE = """
     [minimum_sm]
@@ -74,7 +74,8 @@ def test_number_of_variants_per_sm() -> None:
 def test_smoke_is_a_handful_of_every_kernel() -> None:
     smoke = load_variants("smoke")
     assert {v.kernel.name for v in smoke} == set(all_kernels())
-    assert {(v.dtype, v.constants["BLOCK"]) for v in smoke} == {("fp16", 64)}
+    assert {v.dtype for v in smoke} == {"fp16"}
+    assert {v.constants["BLOCK"] for v in smoke if "BLOCK" in v.constants} == {64}
     assert len(smoke) <= 10
 
 

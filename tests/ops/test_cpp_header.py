@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgeattn.ops import ALL_OPS
-from edgeattn.ops.cpp_header import cpp_header, snake_name, write_headers
+from edgeattn.ops.cpp_header import cpp_header, write_headers
 from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
 from edgeattn.ops.spec import STANDARD_TOLERANCE, AttributeSpec, Case, OpSpec, Shape, TensorSpec
 
@@ -130,7 +130,7 @@ def test_an_operator_without_attributes_compiles_too(
 def test_files_are_called_after_the_operator(tmp_path: Path) -> None:
     write_headers([SPEC], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["fast_scan2.h"]
-    assert [snake_name(spec) for spec in ALL_OPS][:1] == ["hadamard_transform"]
+    assert [spec.snake_name for spec in ALL_OPS][:1] == ["hadamard_transform"]
 
 
 def test_what_plugins_cannot_take_is_refused() -> None:

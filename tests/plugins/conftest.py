@@ -12,18 +12,25 @@ import subprocess
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeattn.engine.embed_cubins import embed_cubins
 from edgeattn.engine.toolchain import TENSORRT_VARIABLE, build_library, find_toolchain
 from edgeattn.errors import MissingDependencyError
 
-OP = "recurrent_linear_attention"
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OP = "recurrent_linear_attention"  # whose dummies its own tests know; others are as in the table
 _HEADERS_WHEEL = "kernel-lens==2.0.1"  # Apache-2.0, with the headers of TensorRT 10.14
 _FAKE_TYPES = {"*T": "p", "*fp32": "p", "*i32": "p", "i32": "i", "fp32": "f"}
 _SYSROOT = "/usr/aarch64-linux-gnu"
@@ -34,6 +41,7 @@ VARIANTS = (
     *itertools.product((80, 87), ("bf16",), (64,)),
     (120, "fp16", 64),
 )
+TABLE_SM = 99  # no GPU is: all kernels have dummies for it as in variants.toml
 CHUNKS = (64, 16)  # rows, without and with channels
 SPANS = (64, 128)  # rows, elsewhere and on SM 110
 SMALL_SHARED, LARGE_SHARED = 1024, 50_000  # below and above what needs no opting in
@@ -43,13 +51,18 @@ SMALL_SHARED, LARGE_SHARED = 1024, 50_000  # below and above what needs no optin
 class Launch:
     """One entry of the fake libcuda's log; pointers as numbers."""
 
-    kernel: str
+    name: str
     label: str
     grid: tuple[int, ...]
     threads: int
     shared: int
     stream: str
     arguments: dict[str, float]
+
+    @property
+    def kernel(self) -> str:
+        """Its name within the operator."""
+        return self.name.partition(".")[2]
 
 
 @dataclass
@@ -86,8 +99,8 @@ class Answers:
     def _launch(self, line: str) -> Launch:
         _, label, *pairs = line.split()
         fields = dict(pair.split("=") for pair in pairs)
-        kernel = label.split("-")[0].split(".")[1]
-        names = [*self.signatures[kernel], "global_scratch", "profile_scratch"]
+        name = label.split("-")[0]
+        names = [*self.signatures[name], "global_scratch", "profile_scratch"]
         texts = fields["arguments"].split(",")
         values = [0.0 if t == "(nil)" else int(t, 16) if "x" in t else float(t) for t in texts]
         grid = tuple(int(n) for n in fields["grid"].split(","))
@@ -95,7 +108,7 @@ class Answers:
         assert rest == [1, 1]
         arguments = dict(zip(names, values, strict=True))
         shared, stream = int(fields["shared"]), fields["stream"]
-        return Launch(kernel, label, grid, threads, shared, stream, arguments)
+        return Launch(name, label, grid, threads, shared, stream, arguments)
 
 
 @dataclass(frozen=True)
@@ -141,8 +154,9 @@ class Library:
 
 @pytest.fixture(scope="session")
 def signatures(repository: Path) -> dict[str, list[tuple[str, str]]]:
-    """Arguments of every kernel in the generated header: names and types."""
-    text = (repository / "plugins" / "generated" / f"{OP}_kernels.h").read_text()
+    """Arguments of every kernel in the generated headers: names and types."""
+    headers = sorted((repository / "plugins" / "generated").glob("*_kernels.h"))
+    text = "\n".join(header.read_text() for header in headers)
     found = re.findall(r'kNAME = "(\S+)";[^;]+kSIGNATURE\s+=([^;]+);', text)
     literals = {name: "".join(re.findall(r'"([^"]*)"', value)) for name, value in found}
     return {
@@ -159,10 +173,9 @@ def write_manifest(signatures: dict[str, list[tuple[str, str]]]) -> Callable[...
         folder.mkdir(parents=True, exist_ok=True)
         cubins = [
             cubin
-            for (name, arguments), (sm, dtype, block) in itertools.product(
-                signatures.items(), variants
-            )
-            for cubin in _dummies(name, arguments, sm, dtype, block)
+            for name, arguments in signatures.items()
+            for sm, dtype, constants in _constants(name, tuple(variants))
+            for cubin in [_dummy(name, arguments, sm, dtype, constants)]
         ]
         for cubin in cubins:
             content = cubin.pop("content")
@@ -177,32 +190,52 @@ def write_manifest(signatures: dict[str, list[tuple[str, str]]]) -> Callable[...
     return write
 
 
-def _dummies(
-    name: str, arguments: Sequence[tuple[str, str]], sm: int, dtype: str, block: int
-) -> Iterable[dict[str, Any]]:
-    kernel = name.split(".")[1]
-    rows = [{"BLOCK": block, "BLOCK_V": values} for values in sorted({min(block, 32), block})]
-    chunks = [
-        {**rows[0], "CHANNELS": channels, "CHUNK": CHUNKS[channels], "SPAN": SPANS[sm == 110]}
-        for channels in (0, 1)
+def _constants(
+    name: str, variants: Iterable[tuple[int, str, int]]
+) -> Iterator[tuple[int, str, dict[str, int]]]:
+    """SM, dtype and constants of a kernel's dummies."""
+    table = tomllib.loads((REPOSITORY / "kernels" / "variants.toml").read_text())["kernels"]
+    axes = [
+        [dict(zip(key.split(", "), np.atleast_1d(row).tolist(), strict=True)) for row in rows]
+        for key, rows in table[name]["constants"].items()
     ]
-    for constants in rows if kernel == "decode" else chunks:
-        label = "-".join((name, dtype, *(f"{n}{v}" for n, v in constants.items()), f"sm{sm}"))
-        types = "".join(_FAKE_TYPES[kind] for _, kind in arguments)
-        yield {
-            "kernel": name,
-            "dtype": dtype,
-            "constants": constants,
-            "sm": sm,
-            "file": f"{label}.cubin",
-            "entry": f"{kernel}_entry",
-            "shared": SMALL_SHARED if kernel == "decode" else LARGE_SHARED,
-            "warps": 8 if kernel == "decode" else 4,
-            "arguments": arguments,
-            "grid": ["1", "1", "1"],
-            "sizes": ["B"],
-            "content": f"fake {label} {types}pp\n\0".encode(),
-        }
+    of_table = [
+        {n: v for part in parts for n, v in part.items()} for parts in itertools.product(*axes)
+    ]
+    known = name.startswith(f"{OP}.")
+    for sm in (TABLE_SM,) if known else (*{sm for sm, _, _ in variants}, TABLE_SM):
+        yield from ((sm, "fp16", constants) for constants in of_table)
+    if not known:
+        return
+    for sm, dtype, block in variants:
+        rows = [{"BLOCK": block, "BLOCK_V": values} for values in sorted({min(block, 32), block})]
+        chunks = [
+            {**rows[0], "CHANNELS": channels, "CHUNK": CHUNKS[channels], "SPAN": SPANS[sm == 110]}
+            for channels in (0, 1)
+        ]
+        yield from ((sm, dtype, one) for one in (rows if name == f"{OP}.decode" else chunks))
+
+
+def _dummy(
+    name: str, arguments: Sequence[tuple[str, str]], sm: int, dtype: str, constants: dict[str, int]
+) -> dict[str, Any]:
+    small = name == f"{OP}.decode"
+    label = "-".join((name, dtype, *(f"{n}{v}" for n, v in constants.items()), f"sm{sm}"))
+    types = "".join(_FAKE_TYPES[kind] for _, kind in arguments)
+    return {
+        "kernel": name,
+        "dtype": dtype,
+        "constants": constants,
+        "sm": sm,
+        "file": f"{label}.cubin",
+        "entry": f"{name.partition('.')[2]}_entry",
+        "shared": SMALL_SHARED if small else LARGE_SHARED,
+        "warps": 8 if small else 4,
+        "arguments": arguments,
+        "grid": ["1", "1", "1"],
+        "sizes": ["B"],
+        "content": f"fake {label} {types}pp\n\0".encode(),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -247,7 +280,7 @@ def build(
         command = [toolchain.cmake, "--build", str(out), "--target", "plugin_driver", "fake_cuda"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        names = {n.split(".")[1]: [a for a, _ in given] for n, given in signatures.items()}
+        names = {n: [a for a, _ in given] for n, given in signatures.items()}
         return Library(path, (*runner, str(out / "plugin_driver")), out / "fake", names)
 
     return make

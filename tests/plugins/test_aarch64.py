@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
+from op_cases import case_id
+from plugin_commands import PLUGIN_CASES, PLUGIN_OPS, create_command, tensor_commands
+
+from edgeattn.ops.spec import OpSpec
+
 
 @pytest.fixture
 def emulated(aarch64_library: Any) -> Any:
@@ -20,25 +27,27 @@ def emulated(aarch64_library: Any) -> Any:
     return aarch64_library
 
 
-def test_it_lists_creators_and_variants_and_launches(emulated: Any) -> None:
-    tensors = (
-        *("input q fp16 1x2x1x64", "input k fp16 1x2x1x64", "input v fp16 1x2x1x64"),
-        *("input log_decay fp32 1x2x1x1", "input beta fp32 1x2x1"),
-        *("input past_state fp32 1x2x64x64", "input past_normaliser fp32 1x2x64"),
-        *("output y fp16 1x2x1x64", "output s fp32 1x2x64x64", "output n fp32 1x2x64"),
-    )
-    create = "create RecurrentLinearAttention"
-    answers = emulated.drive(
-        "creators", "abi", "table", create, "shape", "device", *tensors, "shape", "enqueue"
-    )
-    assert answers["creator"].startswith("RecurrentLinearAttention 1 edgeattn ")
+def test_it_lists_creators_and_variants(emulated: Any) -> None:
+    answers = emulated.drive("creators", "abi", "table", create_command(PLUGIN_OPS[0], {}), "shape")
+    names = sorted(spec.name for spec in PLUGIN_OPS)
+    assert sorted(line.split()[0] for line in answers.lines["creator"]) == names
     assert answers["abi"] == "1"
     table = json.loads(answers["table"])
-    assert (table["arch"], table["ops"]) == ("aarch64", ["RecurrentLinearAttention"])
+    assert (table["arch"], table["ops"]) == ("aarch64", names)
     assert {variant["sm"] for variant in table["variants"]} >= {87, 110}
-    assert answers.lines["shape"] == ["1", "0"]  # an exception was thrown and caught there
-    assert answers["enqueue"] == "0"
-    assert answers.launches[0].arguments["scale"] == 0.125
+    assert answers["shape"] == "1"  # an exception was thrown and caught there
+
+
+@pytest.mark.parametrize("spec", PLUGIN_OPS, ids=case_id)
+def test_it_launches(emulated: Any, spec: OpSpec) -> None:
+    case = next(case for one, case in PLUGIN_CASES if one is spec)
+    commands = (create_command(spec, case.attributes), "device", *tensor_commands(spec, case))
+    answers = emulated.drive(*commands, "shape", "enqueue")
+    assert (answers["shape"], answers["enqueue"]) == ("0", "0")
+    assert answers.launches[0].name.startswith(f"{spec.snake_name}.")
+    assert (
+        answers.launches[0].arguments[spec.inputs[0].name] == answers.addresses[spec.inputs[0].name]
+    )
 
 
 def test_it_is_small(aarch64_library: Any) -> None:

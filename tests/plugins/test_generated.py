@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgeattn.ops import ALL_OPS
-from edgeattn.ops.cpp_header import cpp_header, snake_name
+from edgeattn.ops.cpp_header import cpp_header
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_headers_of_kernels_are_current(plugins: Path) -> None:
 
 
 def test_operators_with_a_plugin_have_one(plugins: Path) -> None:
-    declared = {snake_name(spec) for spec in ALL_OPS if spec.plugin}
+    declared = {spec.snake_name for spec in ALL_OPS if spec.plugin}
     assert declared <= set(operators(plugins))
     headers = {file.stem.removesuffix("_kernels") for file in (plugins / "generated").iterdir()}
     assert headers == set(operators(plugins))

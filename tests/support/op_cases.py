@@ -17,7 +17,6 @@ from torch import Tensor
 from edgeattn.ops import ALL_OPS
 from edgeattn.ops.function import node
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
-from edgeattn.ops.torch_ops import python_name
 from edgeattn.verify.operators import Sample
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,7 +56,7 @@ def case_id(value: object) -> str:
 
 def torch_op(spec: OpSpec) -> Callable[..., Any]:
     """The operator as torch calls it."""
-    operator: Callable[..., Any] = getattr(getattr(torch.ops, DOMAIN), python_name(spec)).default
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, DOMAIN), spec.snake_name).default
     return operator
 
 
