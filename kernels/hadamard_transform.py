@@ -6,7 +6,7 @@ does some columns of as many whole blocks as fit `BLOCK_K` rows: it multiplies t
 
 Products are summed in fp32. fp32 inputs are multiplied in "tf32x3", as exact as fp32. 16-bit ones
 are multiplied as they are; the sums between the two products are rounded to 16 bits, as the result
-is, by then divided by the largest of the tile, so that none of them is out of fp16's range.
+is, and for that divided by the largest of their column, so that none is out of fp16's range.
 """
 
 from __future__ import annotations
@@ -59,16 +59,17 @@ def transform(
         inner = start + tl.arange(0, _STEP)
         factor = load(right, inner, columns, M, M)
         sums += dot(load(x, rows, inner, height, M), factor, PRECISION)
+    scales = tl.full([1, BLOCK_M], 1.0, tl.float32) * scale
     if x.dtype.element_ty != tl.float32:
-        largest = tl.maximum(tl.max(tl.max(tl.abs(sums), axis=1), axis=0), 1e-30)
-        sums, scale = sums * (1 / largest), scale * largest
+        largest = tl.maximum(tl.max(tl.abs(sums), axis=0), 1e-30)[None, :]
+        sums, scales = sums * (1 / largest), scales * largest
     sums = sums.to(x.dtype.element_ty)
     for start in tl.static_range(0, BLOCK_K, _STEP):
         out = start + tl.arange(0, _STEP)
         same_block = (out // K)[:, None] == (rows // K)[None, :]
         place = left + (rows % K)[None, :] * K + (out % K)[:, None]
         factor = tl.load(place, mask=same_block, other=0.0)
-        store(y, out, columns, height, M, dot(factor, sums, PRECISION) * scale)
+        store(y, out, columns, height, M, dot(factor, sums, PRECISION) * scales)
 
 
 TRANSFORM = Kernel(

@@ -27,7 +27,7 @@ class HadamardFactors:
     """The rotation I ⊗ (left ⊗ right) / sqrt(K M) of vectors of `blocks` K M numbers.
 
     Attributes:
-        left: `[K, K]` of +-1, fp64, a symmetric Hadamard matrix.
+        left: `[K, K]` of +-1, fp64, a Hadamard matrix; those made here are symmetric.
         right: `[M, M]`, likewise.
         blocks: number of equal parts of the vector that are rotated each on its own.
     """
@@ -35,6 +35,20 @@ class HadamardFactors:
     left: Tensor
     right: Tensor
     blocks: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses factors that would not rotate.
+
+        Raises:
+            LoweringError: one is no Hadamard matrix.
+        """
+        for name, matrix in (("left", self.left), ("right", self.right)):
+            if not _is_hadamard(matrix):
+                raise LoweringError(
+                    expected=f"a Hadamard matrix as the {name} factor: of 1 and -1, H Hᵀ = n I",
+                    came=f"one of shape {list(matrix.shape)} that is none",
+                    todo="take the factors of hadamard_factors",
+                )
 
     @property
     def size(self) -> int:
@@ -51,6 +65,16 @@ class HadamardFactors:
         """What is rotated together, for reports."""
         how = ", full" if self.full else f" in {self.blocks} blocks, as no full one is known"
         return f"Hadamard of {self.size}{how}"
+
+
+def _is_hadamard(matrix: Tensor) -> bool:
+    if matrix.ndim != 2 or len(matrix) < 1 or len(matrix) != matrix.shape[1]:
+        return False
+    square = matrix.double() @ matrix.double().T
+    n = len(matrix)
+    return bool(
+        (matrix.abs() == 1).all() and torch.equal(square, n * torch.eye(n, dtype=square.dtype))
+    )
 
 
 def hadamard(n: int) -> Tensor:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,18 @@ from edgeattn.devices.registry import parse_target
 from edgeattn.engine import toolchain
 from edgeattn.engine.plugins import LIBRARY, PLUGIN_ABI, PluginLibrary, read_library
 from edgeattn.engine.tensorrt_rtx import check_build, is_available
-from edgeattn.errors import BundleError, EdgeattnError, LoweringError, MissingDependencyError
+from edgeattn.errors import (
+    BundleError,
+    EdgeattnError,
+    LoweringError,
+    MissingDependencyError,
+    UsageError,
+)
 from edgeattn.exporters.export import export_graph
-from edgeattn.ops.hadamard_transform import SPEC as HADAMARD
 from edgeattn.ops.recurrent_linear_attention import SPEC
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case
-from edgeattn.pipeline import export, plugins
+from edgeattn.pipeline import export, plugin_cache, plugins
+from edgeattn.pipeline.plugin_cache import LibraryRequest, finished_library
 from edgeattn.recipe import Recipe
 from edgeattn.verify.operators import load_samples
 
@@ -217,7 +224,9 @@ def test_a_given_library_is_taken_where_it_fits(
     without_tools(monkeypatch)
     shutil.rmtree(cache / "edgeattn" / "libraries")
     found = plugins.plugins_for(file, parse_target("jetson-orin"), library=given)
-    assert found == plugins.Plugins(given, None)  # the check here takes the function bodies
+    assert found is not None
+    assert (found.target, found.host) == (given, None)
+    assert "function bodies were built" in found.checked or not is_available()
     with pytest.raises(MissingDependencyError, match="CMake"):
         plugins.plugins_for(file, parse_target("jetson-orin"))
 
@@ -246,38 +255,87 @@ def test_a_library_that_was_built_is_found_without_tools(
     jetson: PluginLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_tools(monkeypatch)
-    found = plugins.finished_library("aarch64", [110, 87], subset="smoke")
+    request = LibraryRequest("aarch64", (110, 87), subset="smoke")
+    found = finished_library(request)
     assert found is not None
     assert found.variants == jetson.variants
-    assert plugins.finished_library("aarch64", [87], subset="smoke") is None
-    assert plugins.finished_library("x86_64", [87, 110], subset="smoke") is None
-    with monkeypatch.context() as patch:  # made of other sources
-        patch.setattr(plugins, "_contents", lambda folder: [("a.cpp", b"")])
-        assert plugins.finished_library("aarch64", [87, 110], subset="smoke") is None
+    for other in (
+        replace(request, sms=(87,)),
+        replace(request, arch="x86_64"),
+        replace(request, subset=None),
+        replace(request, ops=("HadamardTransform",)),
+    ):
+        assert finished_library(other) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin_cache, "version", lambda name: "3.6.0")
+        assert finished_library(request) is None  # of another Triton
     found.path.write_bytes(found.path.read_bytes()[:1000])
-    assert plugins.finished_library("aarch64", [87, 110], subset="smoke") is None
+    assert finished_library(request) is None
+
+
+@pytest.mark.parametrize("package", ["kernels", "ops", "plugins", "engine"])
+def test_a_library_is_of_the_sources_as_they_are(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: tmp_path / name for name in ("kernels", "ops", "plugins", "engine")}
+    for folder in folders.values():
+        (folder / "build").mkdir(parents=True)
+        (folder / "source").write_text("first")
+    monkeypatch.setattr(plugin_cache, "files", lambda name: folders[name.rpartition(".")[2]])
+    request = LibraryRequest("aarch64", (87,))
+    before = request.folder()
+    (folders[package] / "build" / "object.o").write_text("no source")
+    (folders[package] / ".hidden").write_text("no source")
+    assert request.folder() == before
+    (folders[package] / "source").write_text("second")
+    assert request.folder() != before
+
+
+def test_a_library_for_some_operators_has_no_others() -> None:
+    request = LibraryRequest("aarch64", (87,), ("HadamardTransform",), "smoke")
+    names = {variant.kernel.name for variant in plugins._variants(request)}
+    assert names == {"hadamard_transform.transform"}
 
 
 def test_a_build_waits_for_the_other(tmp_path: Path) -> None:
     order: list[str] = []
+    starting = threading.Event()
 
     def second() -> None:
-        with plugins._alone(tmp_path / "build"):
+        starting.set()
+        with plugin_cache.alone_in(tmp_path / "build"):
             order.append("second")
 
-    with plugins._alone(tmp_path / "build"):
+    with plugin_cache.alone_in(tmp_path / "build"):
         other = threading.Thread(target=second)
         other.start()
+        starting.wait()
         other.join(0.2)
         order.append("first")
     other.join()
     assert order == ["first", "second"]
 
 
+def test_no_plugins_means_none(
+    tiny_checkpoint: Path, tmp_path: Path, jetson: PluginLibrary
+) -> None:
+    with pytest.raises(UsageError, match="--plugin-lib or --no-plugins"):
+        export(
+            tiny_checkpoint,
+            Recipe("jetson-orin"),
+            tmp_path / "out",
+            plugins=False,
+            plugin_library=jetson.path,
+        )
+
+
 def test_graphs_that_need_no_library_get_none(tmp_path: Path) -> None:
     file = model(tmp_path)
     assert plugins.plugins_for(file, parse_target("cpu")) is None
-    onnx.save(op_model(HADAMARD, HADAMARD.cases[1], 21), file)
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([node_of("Identity", ["x"], "y")], "plain", [x], [y])
+    onnx.save(onnx.helper.make_model(graph), file)
     assert plugins.plugins_for(file, parse_target("jetson-orin")) is None
 
 

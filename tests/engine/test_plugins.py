@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -203,6 +204,44 @@ def test_what_is_not_declared_is_inferred_or_refused(library: PluginLibrary) -> 
 
 
 @pytest.mark.parametrize(
+    ("name", "axis", "size", "words"),
+    [
+        ("past_state", 2, 32, r"past_state .* with Dk = 64"),
+        ("log_decay", 3, 5, "one log-decay per row or one per each of 64 channels"),
+        ("q", 1, 3, "query heads in groups of one size"),
+        ("delta", None, 2, "delta of 0 or 1"),
+    ],
+)
+def test_what_no_implementation_takes_is_the_models_fault(
+    library: PluginLibrary, name: str, axis: int | None, size: int, words: str
+) -> None:
+    model = op_model(SPEC, case(delta=1), 21)
+    if axis is None:
+        (attribute,) = (a for a in model.graph.node[0].attribute if a.name == name)
+        attribute.i = size
+    else:
+        (value,) = (value for value in model.graph.input if value.name == name)
+        value.type.tensor_type.shape.dim[axis].dim_value = size
+    with pytest.raises(LoweringError, match=rf"{words}.*, in node .*correct the model"):
+        require_variants(library, plugin_nodes(model), 87)
+
+
+def test_states_that_are_computed_from_constants_are_constants(library: PluginLibrary) -> None:
+    model = op_model(SPEC, case(), 21)
+    constant_states(model, constant=True, output=False)
+    (call,) = model.graph.node
+    zeros = model.graph.initializer.pop(0)
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["given"], value=zeros),
+        onnx.helper.make_node("Identity", ["given"], [zeros.name]),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, call])
+    with pytest.raises(LoweringError, match=r"past_state of node .* it is a constant"):
+        require_states(library, model)
+
+
+@pytest.mark.parametrize(
     ("constant", "output", "refused"),
     [(True, False, True), (True, True, False), (False, False, False)],
 )
@@ -240,7 +279,11 @@ def test_another_dtype_is_named(library: PluginLibrary) -> None:
         require_variants(library, found, 87)
 
 
-def test_operators_without_a_plugin_keep_their_body(library: PluginLibrary) -> None:
+def test_operators_without_a_plugin_keep_their_body(
+    library: PluginLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {HADAMARD.name: replace(HADAMARD, plugin=False), SPEC.name: SPEC}
+    monkeypatch.setattr("edgeattn.engine.plugins.find_op", plain.__getitem__)
     model = op_model(HADAMARD, HADAMARD.cases[0], 21)
     found = plugin_nodes(model)
     require_variants(library, found, 90)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,3 +230,23 @@ def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     rotation_matrix(8, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[:, :-1],  # not square
+        lambda h: torch.ones_like(h),  # not orthogonal
+        lambda h: 2 * h,
+        lambda h: torch.eye(len(h)).double(),
+        lambda h: h * torch.nan,
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_factors_that_are_no_hadamard_matrices_are_refused(
+    change: Callable[[Tensor], Tensor], side: str
+) -> None:
+    factors = hadamard_factors(96)
+    assert replace(factors, blocks=2).size == 192
+    with pytest.raises(LoweringError, match=f"a Hadamard matrix as the {side} factor"):
+        replace(factors, **{side: change(getattr(factors, side))})

@@ -124,7 +124,7 @@ def test_a_proof_keeps_samples(exported: tuple[Model, Lowering, Path], tmp_path)
     for ours, theirs in zip(sample.inputs, first.inputs, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(BundleError, match="none of its nodes has one"):
-        check_triton([sample])
+        check_triton([])
 
 
 def recurrent_sample() -> Sample:
