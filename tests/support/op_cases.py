@@ -17,6 +17,7 @@ from torch import Tensor
 from edgeattn.ops import ALL_OPS
 from edgeattn.ops.function import node
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
+from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.verify.operators import Sample
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,6 +57,7 @@ def case_id(value: object) -> str:
 
 def torch_op(spec: OpSpec) -> Callable[..., Any]:
     """The operator as torch calls it."""
+    assert spec.name in TORCH_OPS  # whose import registers it
     operator: Callable[..., Any] = getattr(getattr(torch.ops, DOMAIN), spec.snake_name).default
     return operator
 
