@@ -334,6 +334,8 @@ SPEC = OpSpec(
     reference=reference,
     function_body=function_body,
     attributes=_ATTRIBUTES,
+    triton="edgeattn.kernels.bidirectional_linear_attention:bidirectional_linear_attention",
+    variants=variants,
     cases=(
         _case("odd-length", b=3, t=67, dk=64, dv=64, dtype="fp16"),
         _case("one-row", t=1, dk=64, dv=64, dtype="fp16"),
