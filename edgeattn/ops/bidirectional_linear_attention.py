@@ -335,6 +335,7 @@ SPEC = OpSpec(
     function_body=function_body,
     attributes=_ATTRIBUTES,
     triton="edgeattn.kernels.bidirectional_linear_attention:bidirectional_linear_attention",
+    plugin=True,
     variants=variants,
     cases=(
         _case("odd-length", b=3, t=67, dk=64, dv=64, dtype="fp16"),
