@@ -1,4 +1,4 @@
-"""What kernels of linear attention in chunks have in common: tiles, products, decays between rows.
+"""What kernels have in common: tiles and products; decays between rows, of linear attention.
 
 Every width is a multiple of `ALIGNMENT`, which the compiler sees in `n // ALIGNMENT * ALIGNMENT`:
 only then it loads vectors.
@@ -15,7 +15,21 @@ import triton.language as tl
 from edgeattn.ops.kernel_widths import ALIGNMENT
 
 # Arguments of kernels that are integers, whatever they are called with.
-INTEGERS = ("T", "H", "HKV", "DK", "DV", "DG", "delta", "normalise")
+INTEGERS = (
+    "T",
+    "H",
+    "HKV",
+    "DK",
+    "DV",
+    "DG",
+    "delta",
+    "gate_shift",
+    "normalise",
+    "L",
+    "K",
+    "M",
+    "TILE",
+)
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
@@ -196,6 +210,25 @@ def pair_scores(
             score = tl.sum(x * key[None, :] * tl.exp(between), axis=1)
             scores = tl.where((i >= row) & (j == row), score[:, None], scores)
     return scores
+
+
+@jit
+def recall(
+    queries: tl.tensor,
+    state: tl.tensor,
+    normaliser: tl.tensor,
+    columns: tl.tensor,
+    DK: tl.tensor,
+    normalise: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Products with the state and, with `normalise`, with the normaliser, `[rows, 1]`."""
+    weights = tl.zeros([queries.shape[0], 1], tl.float32)
+    if normalise:
+        weights = tl.sum(
+            queries * load_row(normaliser, 0, columns, 1, DK)[None, :], 1, keep_dims=True
+        )
+    return dot(queries, state, PRECISION), weights
 
 
 @jit

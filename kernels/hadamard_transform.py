@@ -16,20 +16,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from edgeattn.kernels.chunks import dot, load, store
+from edgeattn.kernels.chunks import dot, jit, load, store
 from edgeattn.kernels.kernel import Kernel
 from edgeattn.kernels.launch import check_call
 from edgeattn.ops.hadamard_transform import SPEC, rows_of_tile, variants
 
-_INTEGERS = ("L", "K", "M", "ROWS")
 _STEP = tl.constexpr(64)  # columns and rows of a product's parts
 
 
-@triton.jit(do_not_specialize=_INTEGERS)  # as `aot` compiles it
+@jit
 def transform(
     x: tl.tensor,
     left: tl.tensor,
@@ -38,19 +36,19 @@ def transform(
     L: tl.tensor,
     K: tl.tensor,
     M: tl.tensor,
-    ROWS: tl.tensor,
+    TILE: tl.tensor,
     scale: tl.tensor,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    """Some columns of `ROWS` rows of x `[L, M]`."""
+    """Some columns of `TILE` rows of x `[L, M]`."""
     PRECISION: tl.constexpr = "tf32x3"  # where numbers have 32 bits
     M = M // VECTOR * VECTOR  # which the compiler understands
     parts = tl.cdiv(M, BLOCK_M)
     program = tl.program_id(0)
-    first = (program // parts).to(tl.int64) * ROWS
-    height = tl.minimum(L - first, ROWS)
+    first = (program // parts).to(tl.int64) * TILE
+    height = tl.minimum(L - first, TILE)
     x, y = x + first * M, y + first * M
     rows = tl.arange(0, BLOCK_K)
     columns = program % parts * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,11 +75,11 @@ TRANSFORM = Kernel(
     function=transform,
     arguments={
         **dict.fromkeys(("x", "left", "right", "y"), "*T"),
-        **dict.fromkeys(_INTEGERS, "i32"),
+        **dict.fromkeys(("L", "K", "M", "TILE"), "i32"),
         "scale": "fp32",
     },
     constants=("BLOCK_K", "BLOCK_M", "VECTOR"),
-    grid=("cdiv(M, BLOCK_M) * cdiv(L, ROWS)", "1", "1"),
+    grid=("cdiv(M, BLOCK_M) * cdiv(L, TILE)", "1", "1"),
     num_warps=8,
     num_stages=2,
 )
@@ -108,6 +106,6 @@ def launch(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None
     x, k, m = tensors["x"], len(tensors["left"]), len(tensors["right"])
     dims = {"...": tuple(x.shape[:-1]), "N": x.shape[-1], "K": k, "M": m}
     ((_, constants),) = variants(dims, attributes)
-    sizes = {"L": x.numel() // m, "K": k, "M": m, "ROWS": rows_of_tile(constants["BLOCK_K"], k)}
+    sizes = {"L": x.numel() // m, "K": k, "M": m, "TILE": rows_of_tile(constants["BLOCK_K"], k)}
     with torch.cuda.device(x.get_device()):
         TRANSFORM.launch({**tensors, **sizes, "scale": 1 / math.sqrt(k * m), **constants})

@@ -30,6 +30,7 @@ from edgeattn.kernels.chunks import (
     load_row,
     pair_scores,
     place_program,
+    recall,
     store,
     unit_inverse,
     weigh,
@@ -196,7 +197,7 @@ def outputs(
     normaliser = normalisers + span * DK
     decays = tl.exp(decay_sums(log_decay, rows, T, DG, WIDTH, REVERSE=False))
     if not CHANNELS:  # now, since that frees registers
-        recalled, weights = _recall(queries, state, normaliser, columns, DK, normalise, PRECISION)
+        recalled, weights = recall(queries, state, normaliser, columns, DK, normalise, PRECISION)
     scores = pair_scores(queries, k, log_decay, first, T, DK, CHUNK, BLOCK, WIDTH, PRECISION)
     found = _updated(scores, u, v, rows, values, T, DV, delta, PRECISION)
     total = tl.sum(scores, axis=1)
@@ -212,32 +213,13 @@ def outputs(
         decays *= of_state
     if CHANNELS:
         queries = queries * decays
-        recalled, weights = _recall(queries, state, normaliser, columns, DK, normalise, PRECISION)
+        recalled, weights = recall(queries, state, normaliser, columns, DK, normalise, PRECISION)
     else:
         recalled, weights = recalled * decays, weights * decays
     factor = tl.full([CHUNK, 1], 1.0, tl.float32)
     if normalise:
         factor = 1 / (scale * (total[:, None] + weights) + epsilon)
     store(y + head * T * DV, rows, values, T, DV, (found + recalled) * (scale * factor))
-
-
-@jit
-def _recall(
-    queries: tl.tensor,
-    state: tl.tensor,
-    normaliser: tl.tensor,
-    columns: tl.tensor,
-    DK: tl.tensor,
-    normalise: tl.tensor,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """Products with the state and, with `normalise`, with the normaliser, `[rows, 1]`."""
-    weights = tl.zeros([queries.shape[0], 1], tl.float32)
-    if normalise:
-        weights = tl.sum(
-            queries * load_row(normaliser, 0, columns, 1, DK)[None, :], 1, keep_dims=True
-        )
-    return dot(queries, state, PRECISION), weights
 
 
 @jit

@@ -77,6 +77,38 @@ class Body:
         end = self.ints(2**63 - 1)
         return self.op("Slice", value, self.ints(-1), end, self.ints(axis))
 
+    def reversed(self, value: ir.Value) -> ir.Value:
+        """`value` from its end to its start along axis 0."""
+        steps = self.ints(-1)
+        return self.op("Slice", value, steps, self.ints(-(2**63) + 1), self.ints(0), steps)
+
+    def scale(self, width: ir.Value) -> ir.Value:
+        """The attribute `scale`, or 1 / sqrt(width) where that is 0."""
+        given = self.attribute("scale")
+        usual = self.op("Reciprocal", self.op("Sqrt", self.fp32(width)))
+        return self.op("Where", self.op("Equal", given, self.floats(0.0)), usual, given)
+
+    def chunk_sizes(self, length: ir.Value, chunk: int) -> dict[str, ir.Value]:
+        """How `length` rows are cut: N chunks of C rows, NC, and how many rows are added, `pad`.
+
+        C is `chunk`, or the length where that is less; there is a chunk even without rows.
+        """
+        some = self.op("Max", length, self.ints(1))
+        rows = self.op("Min", some, self.ints(chunk))
+        above = self.op("Sub", self.op("Add", some, rows), self.ints(1))
+        sizes = {"C": rows, "N": self.op("Div", above, rows)}
+        sizes["NC"] = self.op("Mul", sizes["N"], rows)
+        return {**sizes, "pad": self.op("Sub", sizes["NC"], length)}
+
+    def chunked(
+        self, rows: ir.Value, sizes: Mapping[str, ir.Value], heads: str, width: str | int
+    ) -> ir.Value:
+        """`[B, heads, T, width]` as `[N, B, heads, C, width]`, filled up with zeros."""
+        zeros = self.op("ConstantOfShape", self.dims(sizes, "B", heads, "pad", width))
+        whole = self.op("Concat", rows, zeros, axis=2)
+        whole = self.reshape(whole, sizes, "B", heads, "N", "C", width)
+        return self.op("Transpose", whole, perm=(2, 0, 1, 3, 4))
+
     def scan(
         self,
         states: Mapping[str, ir.Value],

@@ -208,15 +208,13 @@ def function_body(opset: int) -> ir.Function:
     # Read here and not in the Scan, where onnx's own evaluator does not know them.
     normalise = body.op("Cast", body.attribute("normalise"), to=body.BOOL)
     delta, epsilon = body.fp32(body.attribute("delta")), body.attribute("epsilon")
-    scale = body.attribute("scale")
-    usual = body.op("Reciprocal", body.op("Sqrt", body.fp32(sizes["Dk"])))
-    scale = body.op("Where", body.op("Equal", scale, body.floats(0.0)), usual, scale)
+    q_scaled = body.op("Mul", body.fp32(q), body.scale(sizes["Dk"]))
     rows = {
-        "q": _chunked(body, sizes, body.op("Mul", body.fp32(q), scale), "H", "Dk"),
-        "k": _chunked(body, sizes, body.fp32(k), "Hkv", "Dk"),
-        "v": _chunked(body, sizes, body.fp32(v), "Hkv", "Dv"),
-        "log_decay": _chunked(body, sizes, log_decay, "Hkv", "Dg"),
-        "beta": _chunked(body, sizes, body.op("Unsqueeze", beta, body.ints(-1)), "Hkv", 1),
+        "q": body.chunked(q_scaled, sizes, "H", "Dk"),
+        "k": body.chunked(body.fp32(k), sizes, "Hkv", "Dk"),
+        "v": body.chunked(body.fp32(v), sizes, "Hkv", "Dv"),
+        "log_decay": body.chunked(log_decay, sizes, "Hkv", "Dg"),
+        "beta": body.chunked(body.op("Unsqueeze", beta, body.ints(-1)), sizes, "Hkv", 1),
     }
     rows["q"] = body.reshape(rows["q"], sizes, "N", "B", "Hkv", "G", "C", "Dk")
     (state, normaliser), (y,) = body.scan(
@@ -236,27 +234,11 @@ def function_body(opset: int) -> ir.Function:
 def _sizes(
     body: Body, q: ir.Value, k: ir.Value, v: ir.Value, log_decay: ir.Value
 ) -> dict[str, ir.Value]:
-    """Every size the body needs, `[1]` each: N chunks of C rows, `pad` of which are added."""
+    """Every size the body needs, `[1]` each."""
     sizes = {symbol: body.size(q, axis) for axis, symbol in enumerate(("B", "H", "T", "Dk"))}
     sizes |= {"Hkv": body.size(k, 1), "Dv": body.size(v, 3), "Dg": body.size(log_decay, 3)}
     sizes["G"] = body.op("Div", sizes["H"], sizes["Hkv"])
-    sizes["C"] = body.op("Min", sizes["T"], body.ints(_CHUNK))
-    above = body.op("Sub", body.op("Add", sizes["T"], sizes["C"]), body.ints(1))
-    sizes["N"] = body.op("Div", above, sizes["C"])
-    sizes["NC"] = body.op("Mul", sizes["N"], sizes["C"])
-    sizes["pad"] = body.op("Sub", sizes["NC"], sizes["T"])
-    return sizes
-
-
-def _chunked(
-    body: Body, sizes: Mapping[str, ir.Value], rows: ir.Value, heads: str, width: str | int
-) -> ir.Value:
-    """`[B, heads, T, width]` as `[N, B, heads, C, width]`, filled up with zeros."""
-    zeros = body.op("ConstantOfShape", body.dims(sizes, "B", heads, "pad", width))
-    whole = body.op("Concat", rows, zeros, axis=2)
-    return body.op(
-        "Transpose", body.reshape(whole, sizes, "B", heads, "N", "C", width), perm=(2, 0, 1, 3, 4)
-    )
+    return {**sizes, **body.chunk_sizes(sizes["T"], _CHUNK)}
 
 
 def _chunk(

@@ -31,8 +31,12 @@ LEADING = "..."
 FLOATS = ("fp32", "fp16", "bf16")
 DTYPES = (*FLOATS, "int32", "int8", "bool")
 
-# Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1.
-VALUES = ("any", "non-negative", "non-positive", "unit", "unit-norm")
+# Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1,
+# "truth" is 0 or 1, "positive" ones are at least 1.
+VALUES = (
+    *("any", "zero", "positive", "non-negative", "non-positive"),
+    *("unit", "unit-norm", "truth"),
+)
 
 # A number, a name, or a framework's symbolic dimension.
 Dim: TypeAlias = Any

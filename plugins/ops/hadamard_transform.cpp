@@ -27,7 +27,7 @@ struct Values
     int32_t L;
     int32_t K;
     int32_t M;
-    int32_t ROWS;
+    int32_t TILE;
     float scale;
 };
 
@@ -104,7 +104,7 @@ private:
         values.L = static_cast<int32_t>(rowsOf(dims));
         values.K = dims.K;
         values.M = dims.M;
-        values.ROWS = blockOf(dims) / dims.K * dims.K;
+        values.TILE = blockOf(dims) / dims.K * dims.K;
         values.scale = 1.0F / std::sqrt(static_cast<float>(dims.K) * static_cast<float>(dims.M));
         mTransform.launch(values, stream);
     }

@@ -4,11 +4,10 @@
 #include "core/launcher.h"
 #include "generated/recurrent_linear_attention.h"
 #include "generated/recurrent_linear_attention_kernels.h"
+#include "ops/linear_attention.h"
 
-#include <algorithm>
 #include <array>
 #include <cmath>
-#include <iterator>
 #include <string>
 
 namespace edgeattn::recurrent_linear_attention
@@ -16,22 +15,15 @@ namespace edgeattn::recurrent_linear_attention
 namespace
 {
 
+using linear_attention::blockOf;
+using linear_attention::kSPAN;
+using linear_attention::requireSame;
+
 //! Fewer rows than this are decoded.
 constexpr int32_t kMIN_CHUNKED_ROWS = 16;
 
-//! To one of these Dk and Dv are padded in the kernels.
-constexpr int32_t kBLOCKS[] = {16, 32, 64, 128};
-constexpr int32_t kMAX_WIDTH = 128;
-
-//! Constants in which the kernels of a launch must agree: rows of a chunk, and between states that are written down.
+//! Another constant in which the kernels of a launch must agree: rows of a chunk.
 constexpr char const* kCHUNK = "CHUNK";
-constexpr char const* kSPAN = "SPAN";
-
-//! The kernels load vectors, rows of which must not end within one.
-constexpr int32_t kALIGNMENT = 8;
-
-//! Rows times the larger head dimension: kernels count within a head in int32.
-constexpr int32_t kMOST_NUMBERS = 1 << 29;
 
 //! Arguments and sizes of all kernels, under the names of kernels/recurrent_linear_attention.py.
 struct Values
@@ -68,25 +60,22 @@ bool isDecoding(Dims const& dims)
     return dims.T < kMIN_CHUNKED_ROWS;
 }
 
-int32_t blockOf(Dims const& dims)
-{
-    return *std::lower_bound(std::begin(kBLOCKS), std::end(kBLOCKS) - 1, std::max(dims.Dk, dims.Dv));
-}
-
 //! Where the fp32 values between the kernels lie, in bytes from the start of the workspace.
-struct Workspace
+struct Places
 {
-    Workspace() = default;
+    Places() = default;
 
     //! \param span rows between the states that are written down.
-    Workspace(Dims const& dims, bool delta, int64_t span)
+    Places(Dims const& dims, bool delta, int64_t span)
     {
         int64_t const heads = int64_t{dims.B} * dims.Hkv;
         int64_t const spans = heads * cdiv(dims.T, span);
-        u = take(delta ? heads * dims.T * dims.Dv : 0);
-        w = take(delta ? heads * dims.T * dims.Dk : 0);
-        states = take(spans * dims.Dk * dims.Dv);
-        normalisers = take(spans * dims.Dk);
+        linear_attention::Workspace workspace;
+        u = workspace.take(delta ? heads * dims.T * dims.Dv : 0);
+        w = workspace.take(delta ? heads * dims.T * dims.Dk : 0);
+        states = workspace.take(spans * dims.Dk * dims.Dv);
+        normalisers = workspace.take(spans * dims.Dk);
+        size = workspace.size();
     }
 
     size_t u{0};
@@ -94,30 +83,11 @@ struct Workspace
     size_t states{0};
     size_t normalisers{0};
     size_t size{0};
-
-private:
-    size_t take(int64_t numbers)
-    {
-        constexpr int64_t kALIGNMENT = 256;
-        size_t const start = size;
-        size += static_cast<size_t>(cdiv(numbers * int64_t{sizeof(float)}, kALIGNMENT) * kALIGNMENT);
-        return start;
-    }
 };
 
 Error refused(std::string const& expected, std::string const& came)
 {
-    return {expected, came, "see RecurrentLinearAttention in edgeattn.ops"};
-}
-
-template <typename First, typename Second>
-void requireSame(First const& first, Second const& second, char const* constant)
-{
-    if (first.constant(constant) != second.constant(constant))
-    {
-        throw Error(std::string("kernels of RecurrentLinearAttention with one ") + constant, "they have two",
-            "correct kernels/variants.toml and build the library again");
-    }
+    return linear_attention::refused(Op::kINFO.name, expected, came);
 }
 
 class RecurrentLinearAttention final : public OpPlugin<RecurrentLinearAttention, Op>
@@ -159,22 +129,7 @@ private:
             throw refused("one log-decay per row or one per each of " + std::to_string(dims.Dk) + " channels",
                 std::to_string(dims.Dg) + " came");
         }
-        for (auto const width : {dims.Dk, dims.Dv})
-        {
-            if (width < 1 || width > kMAX_WIDTH || width % kALIGNMENT != 0)
-            {
-                throw refused("head dimensions that are multiples of " + std::to_string(kALIGNMENT) + " up to "
-                        + std::to_string(kMAX_WIDTH),
-                    std::to_string(width) + " came");
-            }
-        }
-        auto const widest = std::max(dims.Dk, dims.Dv);
-        if (dims.T > kMOST_NUMBERS / widest)
-        {
-            throw refused("at most " + std::to_string(kMOST_NUMBERS / widest) + " rows of " + std::to_string(widest)
-                    + " numbers",
-                std::to_string(dims.T) + " came");
-        }
+        linear_attention::requireSizes(Op::kINFO.name, dims);
         forEachKernel(
             *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });
     }
@@ -186,7 +141,7 @@ private:
             return 0;
         }
         int64_t const span = mStates.smallest(dtype, constantsOfChunks(largest), kSPAN);
-        return Workspace(largest, mAttributes.delta == 1, span).size;
+        return Places(largest, mAttributes.delta == 1, span).size;
     }
 
     void load(Dtype dtype, Dims const& dims) override
@@ -196,11 +151,11 @@ private:
         {
             return;
         }
-        requireSame(mStates, mOutputs, kCHUNK);
-        requireSame(mStates, mOutputs, kSPAN);
+        requireSame(Op::kINFO.name, mStates, mOutputs, kCHUNK);
+        requireSame(Op::kINFO.name, mStates, mOutputs, kSPAN);
         if (mAttributes.delta == 1)
         {
-            requireSame(mPrepare, mStates, kCHUNK);
+            requireSame(Op::kINFO.name, mPrepare, mStates, kCHUNK);
         }
     }
 
@@ -211,7 +166,7 @@ private:
             mDecode.launch(valuesOf(dims, tensors, {}, nullptr), stream);
             return;
         }
-        Workspace const places(dims, mAttributes.delta == 1, mStates.constant(kSPAN));
+        Places const places(dims, mAttributes.delta == 1, mStates.constant(kSPAN));
         Values const values = valuesOf(dims, tensors, places, static_cast<char*>(workspace));
         if (mAttributes.delta == 1)
         {
@@ -246,7 +201,7 @@ private:
         return {{{"BLOCK", blockOf(dims)}, {"CHANNELS", dims.Dg == 1 ? 0 : 1}}};
     }
 
-    Values valuesOf(Dims const& dims, Tensors const& tensors, Workspace const& places, char* workspace) const
+    Values valuesOf(Dims const& dims, Tensors const& tensors, Places const& places, char* workspace) const
     {
         auto const at = [&](size_t start) { return reinterpret_cast<float const*>(workspace + start); };
         Values values{};

@@ -25,7 +25,11 @@ needs_triton = pytest.mark.skipif(
 
 # All operators together may have this many per SM: compile time and size of the plugin library.
 MOST_PER_SM = 150
-PER_SM = {"recurrent_linear_attention": 60, "hadamard_transform": 18}
+PER_SM = {
+    "recurrent_linear_attention": 60,
+    "bidirectional_linear_attention": 16,
+    "hadamard_transform": 18,
+}
 
 TABLE = """
     [minimum_sm]
@@ -76,21 +80,30 @@ def test_smoke_is_a_handful_of_every_kernel() -> None:
     assert {v.kernel.name for v in smoke} == set(all_kernels())
     assert {v.dtype for v in smoke} == {"fp16"}
     assert {v.constants["BLOCK"] for v in smoke if "BLOCK" in v.constants} == {64}
-    assert len(smoke) <= 10
+    assert len(smoke) <= 12
+
+
+# Of each operator: dimensions besides the widths, and attributes, that all its kernels are for.
+USES = {
+    "recurrent_linear_attention": [
+        ({"Dg": dg}, rule)
+        for dg, rule in itertools.product((1, 8), ({}, {"delta": 1}, {"normalise": 1}))
+    ],
+    "bidirectional_linear_attention": [({}, {})],
+}
 
 
 @needs_triton
-def test_what_recurrent_linear_attention_launches_is_what_is_compiled() -> None:
-    operator = importlib.import_module("edgeattn.kernels.recurrent_linear_attention")
+@pytest.mark.parametrize("name", USES)
+def test_what_an_operator_launches_is_what_is_compiled(name: str) -> None:
+    operator = importlib.import_module(f"edgeattn.kernels.{name}")
     kernels = {kernel.name: kernel for kernel in operator.KERNELS}
     launched = set()
-    for width, channels, rule in itertools.product(
-        (16, 32, 64, 128), (False, True), ({}, {"delta": 1}, {"normalise": 1})
-    ):
-        dims = {"T": None, "Dk": width, "Dv": width, "Dg": width if channels else 1}
-        for name, chosen in operator.variants(dims, operator.SPEC.complete_attributes(rule)):
-            constants = operator.complete_constants(kernels[name], chosen)
-            launched.add((name, *sorted(constants.items())))
+    for width, (dims, rule) in itertools.product((16, 32, 64, 128), USES[name]):
+        dims = {"T": None, "Dk": width, "Dv": width, **dims}
+        for kernel, chosen in operator.variants(dims, operator.SPEC.complete_attributes(rule)):
+            constants = operator.complete_constants(kernels[kernel], chosen)
+            launched.add((kernel, *sorted(constants.items())))
     loaded = [v for v in load_variants() if v.kernel in operator.KERNELS]
     assert launched == {(v.kernel.name, *sorted(v.constants.items())) for v in loaded}
 

@@ -130,7 +130,7 @@ def test_an_operator_without_attributes_compiles_too(
 def test_files_are_called_after_the_operator(tmp_path: Path) -> None:
     write_headers([SPEC], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["fast_scan2.h"]
-    assert [spec.snake_name for spec in ALL_OPS][:1] == ["hadamard_transform"]
+    assert "hadamard_transform" in [spec.snake_name for spec in ALL_OPS]
 
 
 def test_any_number_of_dimensions_is_one_in_a_plugin(

@@ -20,18 +20,27 @@ from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
 from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.verify.operators import Sample
 
-TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int32": torch.int32,
+}
 ONNX = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "int32": ir.DataType.INT32,
 }
 _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "any": lambda x: x,
+    "zero": torch.zeros_like,
+    "positive": lambda x: 1 + torch.abs(x),
     "non-negative": torch.abs,
     "non-positive": lambda x: -torch.nn.functional.softplus(x),
     "unit": torch.sigmoid,
     "unit-norm": lambda x: torch.nn.functional.normalize(x, dim=-1),
+    "truth": lambda x: (x > 0.5).to(x.dtype),
 }
 
 
@@ -93,9 +102,14 @@ def outputs_of(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers in fp32, integers as they are."""
+    return [x.float() if x.is_floating_point() else x for x in inputs]
+
+
 def exact_outputs(spec: OpSpec, case: Case, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The reference in fp32, on the very inputs."""
-    return outputs_of(spec.reference(*(x.float() for x in inputs), **case.attributes))
+    return outputs_of(spec.reference(*widened(inputs), **case.attributes))
 
 
 def allowed_error(spec: OpSpec, case: Case, exact: Tensor, index: int) -> float:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import all_cases, case_id, case_inputs, check_outputs, outputs_of, torch_op
+from op_cases import (
+    all_cases,
+    case_id,
+    case_inputs,
+    check_outputs,
+    outputs_of,
+    torch_op,
+    widened,
+)
 
 from edgeattn.ops.spec import Case, OpSpec
 
@@ -22,5 +30,5 @@ def test_the_kernel_is_the_reference(spec: OpSpec, case: Case) -> None:
     found = outputs_of(operator(*inputs, **case.attributes, impl="triton"))
     # A kernel may keep a state in place; torch's operator says that it mutates nothing.
     assert all(map(torch.equal, inputs, before))
-    exact = operator(*(x.float() for x in before), **case.attributes, impl="reference")
+    exact = operator(*widened(before), **case.attributes, impl="reference")
     check_outputs(spec, case, found, outputs_of(exact))
