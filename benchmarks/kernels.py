@@ -4,7 +4,8 @@
 
 Times are medians of device events. "Can do" is measured in the same run: a copy for kernels bound
 by memory, a large product in fp16 for those bound by arithmetic. fla (flash-linear-attention) is
-measured where it is installed, its figures are None else. Needs an NVIDIA GPU; writes
+measured where it is installed, its figures are None else; for fast-hadamard-transform, where it is
+missing, a product with the whole matrix stands in. Needs an NVIDIA GPU; writes
 benchmarks/results/kernels.json.
 """
 
@@ -19,10 +20,25 @@ import torch
 from measure import write_result
 from torch import Tensor
 
+from edgeattn.kernels.bidirectional_linear_attention import bidirectional_linear_attention
+from edgeattn.kernels.hadamard_transform import hadamard_transform
 from edgeattn.kernels.recurrent_linear_attention import recurrent_linear_attention
+from edgeattn.quant.hadamard import hadamard_factors
 
-# Our time over fla's, and the share of copy bandwidth.
-GOALS = {"prefill_over_fla": 1.0, "decode_share_of_copy": 0.75}
+# What a figure may be at most: our time over another's.
+MOST = {
+    "prefill over fla": 1.0,
+    "lion over softmax attention": 1.0,
+    "lion over two passes of fla": 1.3,
+}
+# What it must be at least: the share of a copy's bandwidth.
+LEAST = {
+    "decode share of copy": 0.75,
+    "hadamard 4096 share of copy": 0.7,
+    "hadamard 14336 share of copy": 0.7,
+}
+LION = {"batch": 4, "heads": 16, "length": 4096, "width": 64}
+HADAMARD_ROWS = 16384
 PREFILL = {"batch": 4, "heads": 16, "length": 8192, "width": 64}
 DECODE = {"batch": 1024, "heads": 16, "length": 1, "width": 64}
 
@@ -118,25 +134,66 @@ def decode(bandwidth: float) -> dict[str, Any]:
     }
 
 
+def lion() -> dict[str, Any]:
+    """Bidirectional, one decay per head and row, beside torch's softmax attention."""
+    tensors = inputs(**LION)
+    q, k, v = (torch.nn.functional.normalize(x.abs(), dim=-1) for x in tensors[:3])
+    decay = tensors[3].squeeze(-1)
+    padding = torch.zeros(LION["batch"], LION["length"], dtype=torch.int32, device="cuda")
+    ours = seconds(lambda: bidirectional_linear_attention(q, k, v, decay, padding))
+    softmax = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    one_pass = fla_prefill([q, k, v, tensors[3]])
+    return {
+        "seconds": ours,
+        "softmax_attention_seconds": softmax,
+        "fla_seconds": one_pass,
+        "over_softmax_attention": ours / softmax,
+        "over_two_passes_of_fla": ours / (2 * one_pass) if one_pass else None,
+    }
+
+
+def hadamard(width: int, bandwidth: float) -> dict[str, Any]:
+    """Rows of one width, beside fast-hadamard-transform or, without it, a product with a matrix."""
+    factors = hadamard_factors(width)
+    left, right = (f.to("cuda", torch.float16) for f in (factors.left, factors.right))
+    x = torch.randn(HADAMARD_ROWS, width, dtype=torch.float16, device="cuda")
+    ours = seconds(lambda: hadamard_transform(x, left, right))
+    if find_spec("fast_hadamard_transform") is not None and width & (width - 1) == 0:
+        from fast_hadamard_transform import hadamard_transform as fast
+
+        peer, theirs = "fast-hadamard-transform", seconds(lambda: fast(x, width**-0.5))
+    else:
+        dense = torch.kron(left, right) / width**0.5
+        peer, theirs = "a product with the matrix", seconds(lambda: x @ dense)
+    return {
+        "seconds": ours,
+        "peer": peer,
+        "peer_seconds": theirs,
+        "share_of_copy": 2 * x.numel() * x.element_size() / ours / bandwidth,
+    }
+
+
 def main() -> None:
-    """Measures both and writes the result."""
+    """Measures all kernels and writes the result."""
     if not torch.cuda.is_available():
         raise SystemExit("kernels.py needs an NVIDIA GPU, and torch finds none")
     bandwidth, rate = copy_bandwidth(), product_rate()
-    found = {"prefill": prefill(rate), "decode": decode(bandwidth)}
-    over, share = found["prefill"]["over_fla"], found["decode"]["share_of_copy"]
-    missed = []
-    if over is not None and over > GOALS["prefill_over_fla"]:
-        missed.append("prefill_over_fla")
-    if share < GOALS["decode_share_of_copy"]:
-        missed.append("decode_share_of_copy")
+    found = {"prefill": prefill(rate), "decode": decode(bandwidth), "lion": lion()}
+    found |= {f"hadamard {width}": hadamard(width, bandwidth) for width in (4096, 14336)}
+    figures = {
+        f"{kernel} {figure.replace('_', ' ')}": value
+        for kernel, values in found.items()
+        for figure, value in values.items()
+    }
+    missed = [n for n, most in MOST.items() if figures[n] is not None and figures[n] > most]
+    missed += [name for name, least in LEAST.items() if figures[name] < least]
     content = {
         "device": torch.cuda.get_device_name(),
         "copy_bytes_s": bandwidth,
         "product_operations_s": rate,
-        "shapes": {"prefill": PREFILL, "decode": DECODE},
+        "shapes": {"prefill": PREFILL, "decode": DECODE, "lion": LION, "rows": HADAMARD_ROWS},
         "results": found,
-        "goals": GOALS,
+        "goals": {"at most": MOST, "at least": LEAST},
         "missed": missed,
     }
     write_result("kernels", content)

@@ -93,7 +93,14 @@ def command(
     recipe = Recipe.from_dict(asked)
     place = output or default_output(model, recipe)
     if dry_run:
-        plan = plan_export(model, recipe, place, offline=offline, verify=not no_verify)
+        plan = plan_export(
+            model,
+            recipe,
+            place,
+            offline=offline,
+            verify=not no_verify,
+            plugin_library=plugin_lib,
+        )
         if as_json:
             click.echo(json.dumps(plan.to_dict(), indent=2))
         else:

@@ -131,6 +131,7 @@ def plan_export(
     *,
     offline: bool = False,
     verify: bool = True,
+    plugin_library: Path | None = None,
 ) -> ExportPlan:
     """What `export` with the same arguments would do; writes nothing and needs no torch.
 
@@ -142,6 +143,8 @@ def plan_export(
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_inputs(recipe)
+    if plugin_library is not None:
+        given_library(plugin_library, target)
     return _plan(recipe, lowering, read_outline(model, offline=offline), target, output, verify)
 
 

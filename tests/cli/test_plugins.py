@@ -378,6 +378,16 @@ def test_missing_headers_are_named(
     assert f"NvInferRuntime.h in {tmp_path}" in capsys.readouterr().err
 
 
+def test_missing_cuda_headers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(toolchain.CUDA_VARIABLE, str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["plugins", "build", "-o", str(tmp_path / "out")])
+    assert f"cuda_runtime_api.h in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(toolchain, "find_spec", lambda name: None)

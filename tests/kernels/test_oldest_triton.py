@@ -38,7 +38,8 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment whose Triton is the oldest."""
     folder = tmp_path_factory.mktemp("oldest")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*install, str(folder), *PACKAGES], check=True)
+    if subprocess.run([*install, str(folder), *PACKAGES], check=False).returncode:
+        pytest.skip(f"needs {' and '.join(PACKAGES)} from the package index")
     return {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
 
 
