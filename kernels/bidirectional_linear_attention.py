@@ -17,14 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.kernels.chunks import (
-    INTEGERS,
     aligned,
+    describe,
     dot,
     jit,
     load,
@@ -33,9 +31,9 @@ from edgeattn.kernels.chunks import (
     store,
     weigh,
 )
-from edgeattn.kernels.kernel import ArgumentType, Kernel, cdiv
+from edgeattn.kernels.kernel import Kernel, cdiv
+from edgeattn.kernels.launch import check_call
 from edgeattn.ops.bidirectional_linear_attention import SPEC, variants
-from edgeattn.ops.torch_ops import check_inputs
 
 
 @jit
@@ -215,32 +213,9 @@ def gates(log_decay: tl.tensor, key_padding: tl.tensor, rows: tl.tensor, T: tl.t
     return tl.load(log_decay + rows, mask=keys_of(key_padding, rows, T) < T, other=0.0)
 
 
-_CONSTANTS = ("CHUNK", "BLOCK", "BLOCK_V", "SPAN")
-_TYPES: Mapping[str, ArgumentType] = {
-    **dict.fromkeys(("q", "k", "v", "y"), "*T"),
-    **dict.fromkeys(INTEGERS, "i32"),
-    **dict.fromkeys(("scale", "epsilon"), "fp32"),
-    "key_padding": "*i32",
-}
-
-
-def _kernel(function: Any, programs: str, num_warps: int) -> Kernel:
-    """The description of a kernel here, where a name tells the type."""
-    names = function.arg_names
-    return Kernel(
-        name=f"bidirectional_linear_attention.{function.__name__}",
-        function=function,
-        arguments={n: _TYPES.get(n, "*fp32") for n in names if n not in _CONSTANTS},
-        constants=tuple(n for n in names if n in _CONSTANTS),
-        grid=(programs, "1", "1"),
-        sizes=("B",),
-        num_warps=num_warps,
-        num_stages=1,  # where loops are pipelined, they say so
-    )
-
-
-STATES = _kernel(states, "2 * cdiv(DV, BLOCK_V) * B * H", num_warps=8)
-OUTPUTS = _kernel(outputs, "cdiv(DV, BLOCK_V) * cdiv(T, CHUNK) * B * H", num_warps=4)
+_OPERATOR = SPEC.snake_name
+STATES = describe(_OPERATOR, states, "2 * cdiv(DV, BLOCK_V) * B * H", num_warps=8)
+OUTPUTS = describe(_OPERATOR, outputs, "cdiv(DV, BLOCK_V) * cdiv(T, CHUNK) * B * H", num_warps=4)
 KERNELS: tuple[Kernel, ...] = (STATES, OUTPUTS)
 
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -288,16 +263,7 @@ def bidirectional_linear_attention(
         **{"gate_shift": gate_shift, "normalise": normalise},
         **{"scale": scale, "epsilon": epsilon},
     }
-    (shape,) = check_inputs(SPEC, inputs, attributes)
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeInputError(
-            expected="tensors on an NVIDIA GPU for the kernels of BidirectionalLinearAttention",
-            came=f"they are on {q.device}",
-            todo='move them there, or call the operator with impl="reference"',
-        )
-    names = [tensor.name for tensor in SPEC.inputs]
-    tensors = dict(zip(names, (x.contiguous() for x in inputs), strict=True))
-    tensors["y"] = q.new_empty(shape)
+    tensors = check_call(SPEC, inputs, attributes)
     launch(tensors, attributes)
     return tensors["y"]
 

@@ -6,12 +6,13 @@ only then it loads vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 
+from edgeattn.kernels.kernel import ArgumentType, Kernel
 from edgeattn.ops.kernel_widths import ALIGNMENT
 
 # Arguments of kernels that are integers, whatever they are called with.
@@ -32,6 +33,37 @@ INTEGERS = (
 )
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+# What names of arguments mean in kernels of linear attention; all others are pointers to fp32.
+_CONSTANTS = ("CHUNK", "BLOCK", "BLOCK_V", "CHANNELS", "SPAN")
+_TYPES: Mapping[str, ArgumentType] = {
+    **dict.fromkeys(("q", "k", "v", "y"), "*T"),
+    **dict.fromkeys(INTEGERS, "i32"),
+    **dict.fromkeys(("scale", "epsilon"), "fp32"),
+    "key_padding": "*i32",
+}
+
+
+def describe(operator: str, function: Any, programs: str, num_warps: int) -> Kernel:
+    """The description of a kernel of linear attention.
+
+    Args:
+        operator: in snake_case.
+        function: the `jit` function.
+        programs: how many, as in `Kernel.grid`.
+        num_warps: per program.
+    """
+    names = function.arg_names
+    return Kernel(
+        name=f"{operator}.{function.__name__}",
+        function=function,
+        arguments={n: _TYPES.get(n, "*fp32") for n in names if n not in _CONSTANTS},
+        constants=tuple(n for n in names if n in _CONSTANTS),
+        grid=(programs, "1", "1"),
+        sizes=("B",),
+        num_warps=num_warps,
+        num_stages=1,  # where loops are pipelined, they say so
+    )
 
 
 def jit(function: Callable[..., Any]) -> Any:

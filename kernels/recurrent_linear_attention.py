@@ -21,8 +21,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from edgeattn.kernels.chunks import INTEGERS, aligned, jit, load, load_row, place_program, store
-from edgeattn.kernels.kernel import ArgumentType, Kernel, cdiv
+from edgeattn.kernels.chunks import (
+    aligned,
+    describe,
+    jit,
+    load,
+    load_row,
+    place_program,
+    store,
+)
+from edgeattn.kernels.kernel import Kernel, cdiv
 from edgeattn.kernels.launch import check_call
 from edgeattn.kernels.recurrent_chunks import outputs, prepare, states
 from edgeattn.ops.recurrent_linear_attention import CHUNKED_LENGTH, SPEC, variants
@@ -85,33 +93,11 @@ def decode(
     tl.store(present_normaliser + head * DK + keys, normaliser, mask=(keys < DK) & (block == 0))
 
 
-_CONSTANTS = ("CHUNK", "BLOCK", "BLOCK_V", "CHANNELS", "SPAN")
-_TYPES: Mapping[str, ArgumentType] = {
-    **dict.fromkeys(("q", "k", "v", "y"), "*T"),
-    **dict.fromkeys(INTEGERS, "i32"),
-    **dict.fromkeys(("scale", "epsilon"), "fp32"),
-}
-
-
-def _kernel(function: Any, programs: str, num_warps: int) -> Kernel:
-    """The description of a kernel here, where a name tells the type."""
-    names = function.arg_names
-    return Kernel(
-        name=f"recurrent_linear_attention.{function.__name__}",
-        function=function,
-        arguments={n: _TYPES.get(n, "*fp32") for n in names if n not in _CONSTANTS},
-        constants=tuple(n for n in names if n in _CONSTANTS),
-        grid=(programs, "1", "1"),
-        sizes=("B",),
-        num_warps=num_warps,
-        num_stages=1,  # where loops are pipelined, they say so
-    )
-
-
-DECODE = _kernel(decode, "cdiv(DV, BLOCK_V) * B * HKV", num_warps=4)
-PREPARE = _kernel(prepare, "cdiv(T, CHUNK) * B * HKV", num_warps=4)
-STATES = _kernel(states, "cdiv(DV, BLOCK_V) * B * HKV", num_warps=8)
-OUTPUTS = _kernel(outputs, "cdiv(DV, BLOCK_V) * cdiv(T, CHUNK) * B * H", num_warps=4)
+_OPERATOR = SPEC.snake_name
+DECODE = describe(_OPERATOR, decode, "cdiv(DV, BLOCK_V) * B * HKV", num_warps=4)
+PREPARE = describe(_OPERATOR, prepare, "cdiv(T, CHUNK) * B * HKV", num_warps=4)
+STATES = describe(_OPERATOR, states, "cdiv(DV, BLOCK_V) * B * HKV", num_warps=8)
+OUTPUTS = describe(_OPERATOR, outputs, "cdiv(DV, BLOCK_V) * cdiv(T, CHUNK) * B * H", num_warps=4)
 KERNELS: tuple[Kernel, ...] = (DECODE, PREPARE, STATES, OUTPUTS)
 
 

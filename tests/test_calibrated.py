@@ -496,8 +496,10 @@ def test_the_better_rotations_are_taken_whether_learned_or_not(
 ) -> None:
     hadamard, none = hadamard_rotations(stories.shape, online=False), unrotated(stories.shape)
 
-    def quantized(start: Rotations, found: Rotations, work: str) -> tuple[Model, dict[str, Any]]:
-        learning = LearnReport("kl", 1, (1.0,), 1.0, 0.5, True, 0.0, 0.0)
+    def quantized(
+        start: Rotations, found: Rotations, work: str, *, learned: bool = True
+    ) -> tuple[Model, dict[str, Any]]:
+        learning = LearnReport("kl", 1, (1.0,), 1.0, 0.5, learned, 0.0, 0.0)
         monkeypatch.setattr(
             "edgeattn.transforms.learn.learn_rotations", lambda *_, **__: (found, learning)
         )
@@ -509,6 +511,10 @@ def test_the_better_rotations_are_taken_whether_learned_or_not(
             parse_scheme(LEARNED), torch.float32, windows, tmp_path / work, made_from, Clock(None)
         )
         model, notes = quantizer.run(stories, None)
+        chosen = notes["learned rotations"]["chosen"]
+        # Rotations that lost are not kept for others; what learning them cost is told all the same.
+        assert (tmp_path / work / "rotations.safetensors").exists() == (chosen == "learned")
+        assert ("learning" in notes) == (chosen != "learned")
         return model, notes["learned rotations"]
 
     one, figures = quantized(hadamard, none, "one")
@@ -516,6 +522,8 @@ def test_the_better_rotations_are_taken_whether_learned_or_not(
     worse = "Hadamard" if figures["chosen"] == "learned" else "learned"
     assert figures[f"perplexity {figures['chosen']}"] < figures[f"perplexity {worse}"]
     assert swapped["chosen"] == worse
+    _, unlearned = quantized(hadamard, hadamard, "unlearned", learned=False)
+    assert unlearned == {"chosen": "Hadamard", "learned": "no better where it was learned"}
     for name in ("layers.0.self_attn.q_proj.weight", "layers.4.mlp.down_proj.weight"):
         weight, same = one.weights.read(name), other.weights.read(name)
         assert isinstance(weight, QuantizedTensor)
