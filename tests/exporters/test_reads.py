@@ -239,8 +239,12 @@ def test_every_linear_layer_reads_the_numbers_it_should(exported: Exported) -> N
         # Rotated in fp16, many a number lies on the other side of a boundary, and just there.
         rough = exported.lowering.dtype == "fp16" and read.rotation is not None
         near = steps.abs() < 0.1
-        if read.rotation is None:  # of a number right on a boundary either side is right
-            near |= ((x / read.scale).remainder(1) - 0.5).abs() < 1e-3
+        if read.rotation is None:
+            # As close to a boundary as the quotient is exact (fp16: two roundings of 2^-11), either
+            # side of it is right.
+            quotient = x / read.scale
+            exact = 2.0**-10 if exported.lowering.dtype == "fp16" else 2.0**-22
+            near |= (quotient.remainder(1) - 0.5).abs() < exact * quotient.abs()
         assert near.float().mean() > (0.9 if rough else 0.999), name
         assert steps.abs().max() < 1.2, name
         doubled = replace(read, scale=2 * read.scale)
