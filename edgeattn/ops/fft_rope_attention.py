@@ -14,8 +14,8 @@ for a group of heads:
 
 `backend` says how a head is computed: 0 exactly, 1 by features and 2 by FFT, which are the same
 numbers (`edgeattn.ops.polynomial_sums`). The polynomial in place of exp and the FFT are those of
-arXiv 2505.11892; what is exact, centre and coefficients that are fitted are edgeattn's own, because
-Taylor's around 0 lose every head of real models.
+arXiv 2505.11892; near keys, centres and coefficients that are fitted are edgeattn's own, because a
+polynomial of all scores around 0 keeps hardly any head of a trained model.
 
 log_bias is `[1 or H, N]`, N odd, with offset δ in column (N − 1)/2 + δ: a table of relative biases,
 a slope, a decay, −∞ for what a mask hides. N is 1, one number for all offsets (0 for none), or at
@@ -32,8 +32,9 @@ is Cauchy-Schwarz, squared, all in fp32:
 L is |x|² rounded so that every order of summation gives the same bits (no product and sum may be
 fused): implementations agree on the decision. What is lost is less than `_MARGIN` up to D = 256.
 
-Rows from kv_len on are padding. Theirs, and those that no key has a weight for, are y = 0 and are
-not counted. What stands in keys from kv_len on is not looked at.
+Rows from kv_len on are padding and not counted. Their y is 0, as is that of rows for which no key
+has a weight. What stands in keys from kv_len on is not looked at; keys that log_bias hides are
+among those of the mean and of the bound.
 """
 
 from __future__ import annotations
@@ -204,11 +205,11 @@ def reference(
     shifted, reach = keys - key_mean.unsqueeze(1), factor * (1 + row_centre)
     within = _is_within(queries, shifted, masks.far, reach, score_bound)
     polynomial = (backend != EXACT).reshape(-1, 1, 1)
-    exact = masks.near | ~(polynomial & within)
-    exponent = torch.where(exact, x, 0.0) + bias_of(log_bias, masks.offset)
+    approximated = polynomial & within & masks.far
+    exponent = torch.where(approximated, 0.0, x) + bias_of(log_bias, masks.offset)
     exponent = torch.where(masks.seen, exponent, -math.inf)
     peak = exponent.amax(-1, keepdim=True).clamp(min=_LOWEST)
-    weights = torch.where(exact, 1.0, horner(coefficients[:, None, None], x))
+    weights = torch.where(approximated, horner(coefficients[:, None, None], x), 1.0)
     weights = weights * (exponent - peak).exp()
     total = weights.sum(-1, keepdim=True)
     y = weights @ values / torch.where(total > 0, total, 1.0)
@@ -222,15 +223,13 @@ class Masks(NamedTuple):
     Attributes:
         offset: p_i − j, `[B, Tq, S]`.
         seen: whether a row sees a key, `[B, 1, Tq, S]`.
-        near: whether a key is exact for a row, whether it sees it or not, likewise.
-        far: seen and not near, likewise.
+        far: seen, neither one of the first keys nor in the window, likewise.
         is_row: `[B, 1, Tq, 1]`, not of padding.
         is_key: `[B, 1, S, 1]`, likewise.
     """
 
     offset: Tensor
     seen: Tensor
-    near: Tensor
     far: Tensor
     is_row: Tensor
     is_key: Tensor
@@ -249,7 +248,7 @@ def masks_of(
     offset, is_key = position - key, key < lengths
     seen = is_key & (offset >= 0) if causal else is_key.expand_as(offset)
     near = (key < sink) | (offset.abs() < window)
-    per_head = (seen, near, seen & ~near, position < lengths, is_key.mT)
+    per_head = (seen, seen & ~near, position < lengths, is_key.mT)
     return Masks(offset, *(mask.unsqueeze(1) for mask in per_head))
 
 
@@ -376,11 +375,10 @@ def function_body(opset: int) -> ir.Function:
     reach = body.op("Mul", factor, body.op("Where", row_centre, body.floats(2.0), one))
     within = _within(body, sizes, q, keys, key_mean, masks["far"], reach, score_bound)
     polynomial = body.op("Unsqueeze", body.op("Cast", backend, to=body.BOOL), body.ints(1, 2))
-    approximated = body.op("And", polynomial, within)
-    exact = body.op("Or", body.op("Not", approximated), masks["near"])
-    exponent = body.op("Where", exact, x, zero)
+    approximated = body.op("And", body.op("And", polynomial, within), masks["far"])
+    exponent = body.op("Where", approximated, zero, x)
     exponent = body.op("Add", exponent, _bias(body, log_bias, masks["offset"]))
-    weights = body.op("Where", exact, one, _polynomial(body, sizes, coefficients, x))
+    weights = body.op("Where", approximated, _polynomial(body, sizes, coefficients, x), one)
     weights = body.op("Mul", weights, _exponential(body, exponent, masks["seen"]))
     y = _weighted_mean(body, sizes, weights, values, masks["is_row"])
     outside = body.op("And", body.op("And", polynomial, body.op("Not", within)), masks["is_row"])
@@ -390,7 +388,7 @@ def function_body(opset: int) -> ir.Function:
 
 
 def _masks(body: Body, sizes: Mapping[str, ir.Value], kv_len: ir.Value) -> dict[str, ir.Value]:
-    """What stands where: seen, near, far `[B, 1, T, S]`, is_row and is_key, offset `[B, T, S]`."""
+    """What stands where: seen, far `[B, 1, T, S]`, is_row and is_key, offset `[B, T, S]`."""
     lengths = body.op("Cast", kv_len, to=body.INT64)
     lengths = body.op("Unsqueeze", body.op("Min", lengths, sizes["S"]), body.ints(1, 2))
     first = body.op("Max", body.op("Sub", lengths, sizes["T"]), body.ints(0))
@@ -407,7 +405,6 @@ def _masks(body: Body, sizes: Mapping[str, ir.Value], kv_len: ir.Value) -> dict[
     near = body.op("Or", beside, body.op("Less", key, body.attribute("sink")))
     masks = {
         "seen": seen,
-        "near": near,
         "far": body.op("And", seen, body.op("Not", near)),
         "is_row": body.op("Less", position, lengths),
         "is_key": body.op("Transpose", is_key, perm=(0, 2, 1)),

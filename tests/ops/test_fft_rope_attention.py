@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +14,19 @@ from torch import Tensor
 
 from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.fft_rope_attention import SPEC, least_value, reference, squared_length
+from edgeattn.ops.polynomial_sums import (
+    direct,
+    factorised,
+    plain_symbols,
+    row_coefficients,
+    toeplitz_fft,
+    toeplitz_matrix,
+    toeplitz_product,
+)
 from edgeattn.ops.spec import Case
 
 DEGREES = (1, 2, 3, 4)
 LENGTHS = (1, 2, 7, 16, 65)
-F64 = torch.float64
 
 
 def looped(inputs: list[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -68,13 +76,14 @@ def made(
     keys: int | None = None,
     *,
     batch: int = 1,
+    width: int = 8,
     biased: bool = False,
     values: Mapping[str, str] | None = None,
     **attributes: float,
 ) -> tuple[Case, list[Tensor]]:
-    """Four heads of 8 over two of keys, in bounds, with whole caches, none of them exact."""
+    """Four heads over two of keys, in bounds, with whole caches, none of them exact."""
     keys = keys or rows
-    dims = {"B": batch, "H": 4, "Hkv": 2, "Tq": rows, "S": keys, "D": 8}
+    dims = {"B": batch, "H": 4, "Hkv": 2, "Tq": rows, "S": keys, "D": width}
     dims |= {"Hb": 4 if biased else 1, "N": 2 * keys - 1 if biased else 1}
     dims["C"] = int(attributes.get("degree", 2)) + 1
     usual = {"log_bias": "any" if biased else "zero", "kv_len": "S..S", "backend": "1..2"}
@@ -83,8 +92,83 @@ def made(
     inputs = case_inputs(SPEC, case, seed=rows)
     inputs[6] = torch.full((4,), 100.0)
     if attributes.get("degree", 2) % 2:  # positive where |x| < 0.9
-        inputs[0], inputs[6] = inputs[0] / 50, torch.full((4,), 0.9)
+        inputs[0], inputs[6] = inputs[0] / 16, torch.full((4,), 0.9)
     return case, inputs
+
+
+def far_by_scores(p: Problem, *, causal: int, window: int, biased: bool) -> Tensor:
+    return direct(p.q, p.k, p.u, p.series, p.toeplitz)
+
+
+def far_by_fft(p: Problem, *, causal: int, window: int, biased: bool) -> Tensor:
+    symbols = plain_symbols(p.q.shape[-1], torch.ones_like(p.toeplitz[0]))
+    return toeplitz_fft(p.q, p.k, p.u, p.series, p.toeplitz, symbols)
+
+
+def far_by_features(p: Problem, *, causal: int, window: int, biased: bool) -> Tensor:
+    """By states in chunks, those of later keys from the end on; by T where there is a bias."""
+    if biased:
+        return factorised(p.q, p.k, p.u, p.series, causal=False, toeplitz=p.toeplitz)
+    if not (causal or window):
+        return factorised(p.q, p.k, p.u, p.series, causal=False)
+    y = factorised(p.q, p.k, p.u, p.series, causal=True, lag=window, chunk=6)
+    if causal:
+        return y
+    back = (x.flip(-2) for x in (p.q, p.k, p.u, p.series))
+    return y + factorised(*back, causal=True, lag=window, chunk=6).flip(-2)
+
+
+class Problem(NamedTuple):
+    """The far field of all heads in fp64: q `[H, T, D]` scaled, u 0 for sinks, T with masks."""
+
+    q: Tensor
+    k: Tensor
+    u: Tensor
+    series: Tensor
+    toeplitz: Tensor
+
+
+def by_form(form: Callable[..., Tensor], inputs: list[Tensor], *, biased: bool, **a: Any) -> Tensor:
+    """The operator for one sequence, with near keys by exp and far ones by a form."""
+    group, length = inputs[0].shape[1] // inputs[1].shape[1], inputs[0].shape[2]
+    q = inputs[0][0].double() * a["scale"]
+    k, v = (x[0].double().repeat_interleave(group, 0) for x in inputs[1:3])
+    u = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    offsets, keys = torch.arange(1 - length, length), torch.arange(length)
+    seen = ((offsets >= 0) if a["causal"] else torch.ones_like(offsets)).double()
+    far = seen * (offsets.abs() >= a["window"])
+    toeplitz = inputs[5].double().exp().expand(len(q), len(offsets))
+    is_far = (keys >= a["sink"]).double()[:, None]
+    # The centre of a row: its query with the mean of far keys, a running sum.
+    sums = toeplitz_product(far, is_far * torch.cat([k, torch.ones_like(k[..., :1])], dim=-1))
+    centre = (q * sums[..., :-1]).sum(-1) / sums[..., -1].round().clamp(min=1)
+    series = row_coefficients(inputs[3].double(), centre)
+    result = form(
+        Problem(q, k, u * is_far, series, toeplitz * far),
+        **{name: a[name] for name in ("causal", "window")},
+        biased=biased,
+    )
+    weights = (q @ k.mT - centre[..., None]).exp() * toeplitz_matrix(toeplitz * seen, length)
+    near = 1 - toeplitz_matrix(far, length) * is_far.mT
+    result = result + (weights * near) @ u
+    return (result[..., :-1] / result[..., -1:]).unsqueeze(0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize(("sink", "window"), [(0, 1), (2, 5), (3, 0)])
+@pytest.mark.parametrize("form", [far_by_scores, far_by_features, far_by_fft])
+def test_a_form_is_the_operator(
+    form: Callable[..., Tensor], sink: int, window: int, degree: int, causal: int, biased: bool
+) -> None:
+    attributes = {"degree": degree, "causal": causal, "sink": sink, "window": window}
+    case, inputs = made(21, width=4, biased=biased, **attributes)
+    found = by_form(form, inputs, biased=biased, **case.attributes)
+    exact, fallbacks = looped(inputs, case.attributes)
+    assert (fallbacks == 0).all()
+    assert float((found - exact).abs().max()) < 1e-10
+    assert relative_error(reference(*inputs, **case.attributes)[0], exact) < 1e-5
 
 
 @pytest.mark.parametrize("case", SPEC.cases, ids=case_id)
@@ -297,6 +381,15 @@ def test_large_scores_and_biases_do_not_overflow() -> None:
     assert y.isfinite().all()
     assert counts.tolist() == [0] * 4
     assert relative_error(body(case, inputs)[0], y) < 1e-5
+
+
+def test_a_later_key_however_large_changes_nothing() -> None:
+    case, inputs = made(9, degree=4)
+    right, counts = reference(*inputs, **case.attributes)
+    inputs[1][:, :, 8] = 3e18  # whose score to the fourth power is none
+    for y, fallbacks in (reference(*inputs, **case.attributes), body(case, inputs)):
+        assert relative_error(y[:, :, :8], right[:, :, :8]) < 1e-5
+        assert (fallbacks == counts + 1).all()
 
 
 @pytest.mark.parametrize(
