@@ -21,7 +21,9 @@ class Body:
         inputs: values named as in the dossier.
     """
 
-    FLOAT, BOOL = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)  # for Cast
+    # for Cast
+    FLOAT, BOOL = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)
+    INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 
     def __init__(self, spec: OpSpec, opset: int, *, prefix: str = "") -> None:
         self._spec, self._opset, self._prefix, self._tape = spec, opset, prefix, Tape()

@@ -32,11 +32,13 @@ FLOATS = ("fp32", "fp16", "bf16")
 DTYPES = (*FLOATS, "int32", "int8", "bool")
 
 # Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1,
-# "truth" is 0 or 1, "positive" ones are at least 1.
+# "truth" is 0 or 1, "positive" ones are at least 1, "series" rows are about 1, 1, 1/2, 1/6, …
 VALUES = (
     *("any", "zero", "positive", "non-negative", "non-positive"),
-    *("unit", "unit-norm", "truth"),
+    *("unit", "unit-norm", "truth", "series"),
 )
+# Besides: integers between two, both among them; a symbol stands for its size: "1..S".
+_RANGE = re.compile(r"(\w+)\.\.(\w+)")
 
 # A number, a name, or a framework's symbolic dimension.
 Dim: TypeAlias = Any
@@ -61,7 +63,7 @@ class TensorSpec:
         variable: tensors of one type variable have the same dtype in a node, and list the same.
         updates: of an output, the input whose next value it is (a state); a runtime may keep both
             in one buffer.
-        values: of an input, which numbers it may hold, of `VALUES`.
+        values: of an input, which numbers it may hold, of `VALUES` or as "1..S".
     """
 
     name: str
@@ -96,7 +98,7 @@ class Case:
         dims: of every symbol in the shapes of the inputs; `LEADING` has a tuple.
         dtype: of the type variable "T".
         attributes: those that differ from the defaults.
-        values: of inputs that must be narrower here than the dossier says, of `VALUES`, by name.
+        values: of inputs that must be narrower here than the dossier says, by name; as there.
     """
 
     name: str
@@ -367,7 +369,7 @@ def _tensor_problems(spec: OpSpec) -> Iterable[str]:
             yield f"{tensor.name} has dtypes {tensor.dtypes}, not of {DTYPES}"
         if variables.setdefault(tensor.variable, tensor.dtypes) != tensor.dtypes:
             yield f"{tensor.name} has other dtypes than type variable {tensor.variable} elsewhere"
-        if tensor.values not in VALUES:
+        if not _are_values(tensor.values, spec):
             yield f"{tensor.name} has values {tensor.values!r}, not of {VALUES}"
         if LEADING in tensor.shape[1:]:
             yield f"{tensor.name} has {LEADING} behind other dimensions"
@@ -380,13 +382,33 @@ def _tensor_problems(spec: OpSpec) -> Iterable[str]:
             yield f"{tensor.name} is an input and updates {tensor.updates}"
 
 
+def _are_values(values: str, spec: OpSpec) -> bool:
+    """Whether inputs may be said to hold such numbers."""
+    range_ = _RANGE.fullmatch(values)
+    symbols = {s for t in spec.inputs for s in t.shape if isinstance(s, str)}
+    ends = range_.groups() if range_ else ()
+    return values in VALUES or (bool(ends) and all(end.isdigit() or end in symbols for end in ends))
+
+
+def value_range(values: str, case: Case) -> tuple[int, int] | None:
+    """The least and the largest of integers "a..b" in a case; None of other numbers."""
+    range_ = _RANGE.fullmatch(values)
+    if range_ is None:
+        return None
+    least, largest = (int(e) if e.isdigit() else case.dims[e] for e in range_.groups())
+    if not (isinstance(least, int) and isinstance(largest, int)):
+        raise ValueError(f"case {case.name}: {values} are no integers")
+    return least, largest
+
+
 def _case_problems(spec: OpSpec, case: Case) -> Iterable[str]:
     symbols = {s for t in spec.inputs for s in t.shape if isinstance(s, str)}
     if set(case.dims) != symbols:
         yield f"case {case.name} sizes {sorted(case.dims)} instead of {sorted(symbols)}"
         return
     inputs = {t.name for t in spec.inputs}
-    if not (set(case.values) <= inputs and set(case.values.values()) <= set(VALUES)):
+    known = all(_are_values(values, spec) for values in case.values.values())
+    if not (set(case.values) <= inputs and known):
         yield f"case {case.name} has values {dict(case.values)}, not of inputs and of {VALUES}"
     if case.dtype not in {d for t in spec.inputs if t.variable == "T" for d in t.dtypes}:
         yield f"case {case.name} has dtype {case.dtype}"

@@ -27,6 +27,7 @@ from edgeattn.ops.spec import (
     TensorSpec,
     Tolerance,
     bind,
+    value_range,
 )
 from edgeattn.verify.tolerance import FLOORS
 
@@ -103,6 +104,8 @@ TINY = SCAN.cases[0]
         ({"inputs": (replace(X, values="even"), STATE, LENGTH)}, "x has values 'even'"),
         ({"cases": (replace(TINY, values={"z": "unit"}),)}, "case tiny has values"),
         ({"cases": (replace(TINY, values={"x": "even"}),)}, "case tiny has values"),
+        ({"inputs": (X, STATE, replace(LENGTH, values="1..S"))}, "length has values '1..S'"),
+        ({"cases": (replace(TINY, values={"length": "1.."}),)}, "case tiny has values"),
         ({"tolerance": {"fp32": Tolerance(1e-5, "sums")}}, "tolerances are given for"),
         (
             {"tolerance": {**STANDARD_TOLERANCE, "fp16": Tolerance(2.0, "generous")}},
@@ -143,6 +146,16 @@ def test_leading_dimensions_are_one_tuple() -> None:
     assert bind(inputs, [(8,), (8,)]) == {"...": (), "N": 8}
     with pytest.raises(RuntimeInputError, match=r"expected x \[\.\.\., N\], but its shape is \[\]"):
         bind(inputs, [(), (8,)])
+
+
+def test_integers_between_two() -> None:
+    spec = replace(SCAN, inputs=(X, STATE, replace(LENGTH, values="1..T")))
+    assert value_range(spec.inputs[2].values, TINY) == (1, 3)
+    assert value_range("2..2", TINY) == (2, 2)
+    assert value_range("unit", TINY) is None
+    leading = replace(TINY, dims={"T": (2, 3)})
+    with pytest.raises(ValueError, match=r"case tiny: 1\.\.T are no integers"):
+        value_range("1..T", leading)
 
 
 def test_a_kernel_is_imported_when_it_is_asked_for() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgeattn.ops import ALL_OPS
 from edgeattn.ops.function import node
-from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec
+from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case, OpSpec, value_range
 from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.verify.operators import Sample
 
@@ -41,7 +41,12 @@ _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "unit": torch.sigmoid,
     "unit-norm": lambda x: torch.nn.functional.normalize(x, dim=-1),
     "truth": lambda x: (x > 0.5).to(x.dtype),
+    "series": lambda x: (1 + torch.tanh(x) / 50) / _factorials(x.shape[-1]),
 }
+
+
+def _factorials(count: int) -> Tensor:
+    return torch.tensor([float(math.factorial(r)) for r in range(count)])
 
 
 def cases_in_all_dtypes(spec: OpSpec) -> list[Case]:
@@ -81,10 +86,18 @@ def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for tensor, shape in zip(spec.inputs, spec.input_shapes(case), strict=True):
-        values = _VALUES[case.values.get(tensor.name, tensor.values)]
-        x = values(torch.randn(shape, generator=generator))
+        values = case.values.get(tensor.name, tensor.values)
+        x = _numbers(values, case, torch.randn(shape, generator=generator))
         inputs.append(x.to(TORCH[dtype_of(tensor, case)]))
     return inputs
+
+
+def _numbers(values: str, case: Case, x: Tensor) -> Tensor:
+    """Numbers as the dossier names them, out of normal ones."""
+    if (found := value_range(values, case)) is None:
+        return _VALUES[values](x)
+    least, largest = found
+    return least + torch.floor(torch.special.ndtr(x) * (largest + 1 - least)).clamp(max=largest)
 
 
 def case_sample(spec: OpSpec, case: Case, node: str) -> Sample:
