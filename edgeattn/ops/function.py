@@ -22,6 +22,7 @@ class Body:
     """
 
     FLOAT, BOOL = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)  # for Cast
+    INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 
     def __init__(self, spec: OpSpec, opset: int, *, prefix: str = "") -> None:
         self._spec, self._opset, self._prefix, self._tape = spec, opset, prefix, Tape()

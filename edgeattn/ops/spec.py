@@ -32,10 +32,11 @@ FLOATS = ("fp32", "fp16", "bf16")
 DTYPES = (*FLOATS, "int32", "int8", "bool")
 
 # Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1,
-# "truth" is 0 or 1, "positive" ones are at least 1.
+# "truth" is 0 or 1, "positive" ones are at least 1, "large" ones at least 0 and
+# about 100.
 VALUES = (
     *("any", "zero", "positive", "non-negative", "non-positive"),
-    *("unit", "unit-norm", "truth"),
+    *("unit", "unit-norm", "truth", "large"),
 )
 
 # A number, a name, or a framework's symbolic dimension.

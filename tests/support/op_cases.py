@@ -41,6 +41,7 @@ _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "unit": torch.sigmoid,
     "unit-norm": lambda x: torch.nn.functional.normalize(x, dim=-1),
     "truth": lambda x: (x > 0.5).to(x.dtype),
+    "large": lambda x: 100 * torch.abs(x),
 }
 
 
