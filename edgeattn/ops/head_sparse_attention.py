@@ -276,6 +276,8 @@ SPEC = OpSpec(
     reference=reference,
     function_body=function_body,
     attributes=_ATTRIBUTES,
+    triton="edgeattn.kernels.head_sparse_attention:head_sparse_attention",
+    variants=variants,
     cases=(
         _case("decode", b=3, s=300, dtype="fp16"),
         _case("decode-groups", b=3, kv=4, h=8, s=200, groups=1, dtype="fp16"),
