@@ -277,6 +277,7 @@ SPEC = OpSpec(
     function_body=function_body,
     attributes=_ATTRIBUTES,
     triton="edgeattn.kernels.head_sparse_attention:head_sparse_attention",
+    plugin=True,
     variants=variants,
     cases=(
         _case("decode", b=3, s=300, dtype="fp16"),
