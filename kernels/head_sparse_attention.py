@@ -8,7 +8,7 @@ writes the zeros of heads that are not active. `prefill` does all heads, some ro
 
 How many splits there are is decided before a launch, from the heads that may be active; how long
 they are by each sequence's own length. Scores, sums and weights are in fp32; for 16-bit values the
-weights, which are at most 1, are rounded to their dtype.
+weights, which are at most 1, are rounded to their dtype. A cache in int8 has kernels of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 from edgeattn.kernels.chunks import INTEGERS, aligned, dot, jit, load, place_program, store
 from edgeattn.kernels.kernel import ArgumentType, Kernel, cdiv
 from edgeattn.kernels.launch import check_call
-from edgeattn.ops.head_sparse_attention import SPEC, variants
+from edgeattn.ops.head_sparse_attention import INT8_SUFFIX, SPEC, variants
+from edgeattn.ops.torch_ops import DTYPES
 
 # Of a score that is not seen, and of the logarithm of no weight: what is left of it is 0.
 _LOWEST = tl.constexpr(-1e38)
@@ -210,12 +211,13 @@ def absorb(
         The weighted sums of values, those of weights, and the largest score, by which all weights
         are divided.
     """
-    scores = dot(queries, tl.trans(keys), PRECISION) * factor
+    # Numbers of 8 bits are exact in 16.
+    scores = dot(queries, tl.trans(keys.to(queries.dtype)), PRECISION) * factor
     scores = tl.where(seen, scores, _LOWEST)
     larger = tl.maximum(largest, tl.max(scores, axis=1))
     shares = tl.where(seen, tl.exp(scores - larger[:, None]), 0.0)
     kept = tl.exp(largest - larger)
-    more = dot(shares.to(values.dtype), values, PRECISION)
+    more = dot(shares.to(queries.dtype), values.to(queries.dtype), PRECISION)
     return found * kept[:, None] + more, total * kept + tl.sum(shares, axis=1), larger
 
 
@@ -276,15 +278,17 @@ _TYPES: Mapping[str, ArgumentType] = {
     **dict.fromkeys(INTEGERS, "i32"),
     "scale": "fp32",
 }
+_INT8_CACHE: Mapping[str, ArgumentType] = dict.fromkeys(("k_cache", "v_cache"), "*i8")
 
 
-def _kernel(function: Any, programs: str) -> Kernel:
+def _kernel(function: Any, programs: str, *, suffix: str = "") -> Kernel:
     """The description of a kernel here, where a name tells the type."""
     names = function.arg_names
+    types = {**_TYPES, **(_INT8_CACHE if suffix else {})}
     return Kernel(
-        name=f"head_sparse_attention.{function.__name__}",
+        name=f"head_sparse_attention.{function.__name__}{suffix}",
         function=function,
-        arguments={n: _TYPES.get(n, "*fp32") for n in names if n not in _CONSTANTS},
+        arguments={n: types.get(n, "*fp32") for n in names if n not in _CONSTANTS},
         constants=tuple(n for n in names if n in _CONSTANTS),
         grid=(programs, "1", "1"),
         sizes=("B",),
@@ -293,10 +297,14 @@ def _kernel(function: Any, programs: str) -> Kernel:
     )
 
 
-DECODE = _kernel(decode, "cdiv(G, MEMBERS) * SPLITS * B * HKV")
-REDUCE = _kernel(reduce, "cdiv(D, BLOCK) * B * HKV * G")
-PREFILL = _kernel(prefill, "cdiv(T, CHUNK) * B * HKV * G")
-KERNELS: tuple[Kernel, ...] = (DECODE, REDUCE, PREFILL)
+_DECODING, _PREFILL = "cdiv(G, MEMBERS) * SPLITS * B * HKV", "cdiv(T, CHUNK) * B * HKV * G"
+KERNELS: tuple[Kernel, ...] = (
+    _kernel(decode, _DECODING),
+    _kernel(decode, _DECODING, suffix=INT8_SUFFIX),
+    _kernel(reduce, "cdiv(D, BLOCK) * B * HKV * G"),
+    _kernel(prefill, _PREFILL),
+    _kernel(prefill, _PREFILL, suffix=INT8_SUFFIX),
+)
 
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -325,8 +333,8 @@ def splits_of(dims: Mapping[str, int]) -> int:
 
     At least one; the same on all GPUs.
     """
-    active = dims["B"] * min(dims["K"], dims["HKV"])
-    wanted = cdiv(_PROGRAMS, max(active, 1))
+    active = dims["B"] * max(1, min(dims["K"], dims["HKV"]))
+    wanted = cdiv(_PROGRAMS, max(active, 1))  # of no sequences too
     return max(1, min(wanted, cdiv(dims["S"], _LEAST_KEYS), MOST_SPLITS))
 
 
@@ -372,7 +380,8 @@ def launch(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None
     """
     (batch, heads, length, width), cache = tensors["q"].shape, tensors["k_cache"].shape
     kv_heads, capacity = cache[1:3]
-    needed = variants({"T": length, "S": capacity, "D": width}, attributes)
+    dtype = DTYPES[tensors["k_cache"].dtype]
+    needed = variants({"T": length, "S": capacity, "D": width, "C": dtype}, attributes)
     dims = {"B": batch, "HKV": kv_heads, "G": heads // kv_heads, "T": length, "S": capacity}
     dims |= {"D": width, "K": tensors["head_index"].shape[1]}
     dims["SPLITS"] = splits_of(dims)

@@ -10,7 +10,7 @@ is an empty slot. With T > 1 (prefill) all heads are active. This is Polar Spars
 
 `error_count` has per sequence how many indices are out of range or were listed before, which are
 skipped, and one more where kv_len is negative or beyond the cache. Cache behind L is never used.
-The scales are those of a cache in integers, one per key head; ones for others.
+The cache has the dtype of q, or int8; the scales are those of the latter, ones for others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.kernel_widths import block_of
 from edgeattn.ops.spec import (
+    FLOATS,
     STANDARD_TOLERANCE,
     AttributeSpec,
     Case,
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
     from edgeattn.ops.function import Body
 
+_CACHE = (*FLOATS, "int8")
 _INPUTS = (
     TensorSpec("q", ("B", "H", "T", "D")),
-    TensorSpec("k_cache", ("B", "Hkv", "S", "D")),
-    TensorSpec("v_cache", ("B", "Hkv", "S", "D")),
+    TensorSpec("k_cache", ("B", "Hkv", "S", "D"), _CACHE, "C"),
+    TensorSpec("v_cache", ("B", "Hkv", "S", "D"), _CACHE, "C"),
     TensorSpec("k_scale", ("Hkv",), ("fp32",), "S", values="positive"),
     TensorSpec("v_scale", ("Hkv",), ("fp32",), "S", values="positive"),
     TensorSpec("head_index", ("B", "K"), ("int32",), "I"),
@@ -98,8 +100,8 @@ def reference(
 
     Args:
         q: `[B, H, T, D]`, the last T of each sequence's rows.
-        k_cache: `[B, Hkv, S, D]`, with the keys of these rows.
-        v_cache: `[B, Hkv, S, D]`.
+        k_cache: `[B, Hkv, S, D]`, with the keys of these rows, in the dtype of q or int8.
+        v_cache: `[B, Hkv, S, D]`, likewise.
         k_scale: `[Hkv]`, of each key head's keys.
         v_scale: `[Hkv]`, of its values.
         head_index: `[B, K]`, what is active where T is 1.
@@ -148,8 +150,9 @@ def variants(
         return []
     longest = max((n for n in (rows, capacity) if isinstance(n, int)), default=None)
     block = max(block_of("HeadSparseAttention", (width,), longest), LEAST_BLOCK)
-    decoding = [("decode", {"BLOCK": block}), ("reduce", {})]
-    prefill = [("prefill", {"BLOCK": block})]
+    suffix = INT8_SUFFIX if dims.get("C") == "int8" else ""
+    decoding = [(f"decode{suffix}", {"BLOCK": block}), ("reduce", {})]
+    prefill = [(f"prefill{suffix}", {"BLOCK": block})]
     kernels = [*(decoding if rows == 1 or not isinstance(rows, int) else ())]
     kernels += prefill if rows != 1 else []
     return [(f"head_sparse_attention.{name}", constants) for name, constants in kernels]
@@ -157,6 +160,8 @@ def variants(
 
 # Smaller head dimensions are padded to it too: one width less to compile for.
 LEAST_BLOCK = 32
+# Of the kernels that read a cache in int8.
+INT8_SUFFIX = "_int8"
 
 
 def function_body(opset: int) -> ir.Function:
@@ -260,13 +265,17 @@ def _case(
     k: int = 3,
     *,
     dtype: str = "fp32",
+    cache: str | None = None,
     values: Mapping[str, str] | None = None,
     **attributes: float,
 ) -> Case:
     dims = {"B": b, "H": h, "Hkv": kv, "T": t, "S": s, "D": d, "K": k}
     # Some lie behind the cache.
-    return Case(name, dims, dtype, attributes, {"kv_len": "large", **(values or {})})
+    values = {"kv_len": "large", **(values or {})}
+    return Case(name, dims, dtype, attributes, values, {"C": cache} if cache else {})
 
+
+_INT8_SCALES = dict.fromkeys(("k_scale", "v_scale"), "unit")
 
 SPEC = OpSpec(
     name="HeadSparseAttention",
@@ -294,6 +303,8 @@ SPEC = OpSpec(
         _case("prefill-longer-than-cache", b=4, t=40, s=33, d=16, groups=1),
         _case("two-rows", b=3, t=2, s=140, d=128, dtype="fp16"),
         _case("brain-float", b=3, d=32, dtype="bf16"),
+        _case("int8-cache", b=4, s=200, dtype="fp16", cache="int8", values=_INT8_SCALES),
+        _case("int8-prefill", b=3, t=20, d=40, cache="int8", values=_INT8_SCALES),
         _case("scaled", b=3, d=32, scale=0.7),
     ),
     tolerance=STANDARD_TOLERANCE,

@@ -6,7 +6,7 @@
 namespace edgeattn::head_sparse_attention
 {
 
-//! Sizes behind the symbols of the shapes.
+//! Sizes behind the symbols of the shapes, and dtypes of type variables.
 struct Dims
 {
     int32_t B;
@@ -16,10 +16,11 @@ struct Dims
     int32_t Hkv;
     int32_t S;
     int32_t K;
+    Dtype C;
 
     static Dims of(Sizes const& sizes)
     {
-        return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
+        return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], static_cast<Dtype>(sizes[7])};
     }
 };
 
@@ -66,6 +67,7 @@ struct Tensors
 
 inline constexpr char const* kSYMBOLS[] = {"B", "H", "T", "D", "Hkv", "S", "K"};
 inline constexpr Dtype kDTYPES_T[] = {Dtype::kFP32, Dtype::kFP16, Dtype::kBF16};
+inline constexpr Dtype kDTYPES_C[] = {Dtype::kFP32, Dtype::kFP16, Dtype::kBF16, Dtype::kINT8};
 inline constexpr Dtype kDTYPES_S[] = {Dtype::kFP32};
 inline constexpr Dtype kDTYPES_I[] = {Dtype::kINT32};
 inline constexpr DimInfo kSHAPE_q[] = {{0, 0}, {1, 0}, {2, 0}, {3, 0}};
@@ -79,8 +81,8 @@ inline constexpr DimInfo kSHAPE_y[] = {{0, 0}, {1, 0}, {2, 0}, {3, 0}};
 inline constexpr DimInfo kSHAPE_error_count[] = {{0, 0}};
 inline constexpr TensorInfo kINPUTS[] = {
     {"q", "T", kDTYPES_T, kSHAPE_q, -1},
-    {"k_cache", "T", kDTYPES_T, kSHAPE_k_cache, -1},
-    {"v_cache", "T", kDTYPES_T, kSHAPE_v_cache, -1},
+    {"k_cache", "C", kDTYPES_C, kSHAPE_k_cache, -1},
+    {"v_cache", "C", kDTYPES_C, kSHAPE_v_cache, -1},
     {"k_scale", "S", kDTYPES_S, kSHAPE_k_scale, -1},
     {"v_scale", "S", kDTYPES_S, kSHAPE_v_scale, -1},
     {"head_index", "I", kDTYPES_I, kSHAPE_head_index, -1},
@@ -91,8 +93,10 @@ inline constexpr TensorInfo kOUTPUTS[] = {
     {"error_count", "I", kDTYPES_I, kSHAPE_error_count, -1},
 };
 
+inline constexpr char const* kCHOICES[] = {"C"};
+
 inline constexpr OpInfo kINFO{"HeadSparseAttention", "1", "edgeattn", "head_sparse_attention.",
-    kSYMBOLS, kINPUTS, kOUTPUTS};
+    kSYMBOLS, kINPUTS, kOUTPUTS, kCHOICES};
 
 //! All of it, for OpPlugin.
 struct Op

@@ -7,7 +7,6 @@
 #include "ops/linear_attention.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <string>
 
@@ -64,15 +63,13 @@ int64_t mostSplits(Dims const& dims)
 //! Splits of the keys of one key head, from the key heads that may be active.
 int64_t splitsOf(Dims const& dims)
 {
-    int64_t const active = int64_t{dims.B} * std::min(dims.K, dims.Hkv);
+    int64_t const active = int64_t{dims.B} * std::max(1, std::min(dims.K, dims.Hkv));
     return std::min(cdiv(kPROGRAMS, std::max<int64_t>(active, 1)), mostSplits(dims));
 }
 
 //! Where the fp32 values between the kernels lie, in bytes from the start of the workspace.
 struct Places
 {
-    Places() = default;
-
     //! \param splits of all sequences together.
     Places(Dims const& dims, int64_t splits)
     {
@@ -139,28 +136,23 @@ private:
 
     void launch(Dims const& dims, Tensors const& tensors, void* workspace, cudaStream_t stream) const override
     {
-        if (!isDecoding(dims))
-        {
-            mPrefill.launch(valuesOf(dims, tensors, {}, nullptr), stream);
-            return;
-        }
-        Places const places(dims, dims.B * splitsOf(dims));
+        Places const places(dims, isDecoding(dims) ? dims.B * splitsOf(dims) : 0);
         Values const values = valuesOf(dims, tensors, places, static_cast<char*>(workspace));
-        mDecode.launch(values, stream);
-        mReduce.launch(values, stream);
+        forEachKernel(*this, dims, [&](auto const& kernel, View<Constant>) { kernel.launch(values, stream); });
     }
 
     //! Calls visitor(kernel, constants) for all kernels of a launch. The variant table decides on all other constants.
     template <typename Self, typename Visitor>
     static void forEachKernel(Self& self, Dims const& dims, Visitor&& visitor)
     {
-        std::array<Constant, 1> const constants{{{"BLOCK", std::max(linear_attention::blockOf(dims.D), kLEAST_BLOCK)}}};
+        Constant const constants[] = {{"BLOCK", std::max(linear_attention::blockOf(dims.D), kLEAST_BLOCK)}};
+        bool const isInt8 = dims.C == Dtype::kINT8;
         if (!isDecoding(dims))
         {
-            visitor(self.mPrefill, View<Constant>(constants));
+            isInt8 ? visitor(self.mPrefillInt8, constants) : visitor(self.mPrefill, constants);
             return;
         }
-        visitor(self.mDecode, View<Constant>(constants));
+        isInt8 ? visitor(self.mDecodeInt8, constants) : visitor(self.mDecode, constants);
         visitor(self.mReduce, View<Constant>());
     }
 
@@ -193,8 +185,10 @@ private:
     }
 
     LoadedKernel<Decode> mDecode;
+    LoadedKernel<DecodeInt8> mDecodeInt8;
     LoadedKernel<Reduce> mReduce;
     LoadedKernel<Prefill> mPrefill;
+    LoadedKernel<PrefillInt8> mPrefillInt8;
 };
 
 Registered<HeadSparseAttention> const kREGISTERED;

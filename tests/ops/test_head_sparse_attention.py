@@ -14,10 +14,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import case_id, case_inputs, exact_outputs, op_model, relative_error, run_onnx
+from op_cases import (
+    case_id,
+    case_inputs,
+    exact_outputs,
+    op_model,
+    relative_error,
+    run_onnx,
+    torch_op,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from edgeattn.engine.plugins import plugin_nodes
 from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.head_sparse_attention import SPEC, reference, variants
 from edgeattn.ops.spec import Case
@@ -63,7 +72,8 @@ def loops(
 def body(inputs: Sequence[Tensor], **attributes: float) -> tuple[Tensor, Tensor]:
     (b, h, t, d), (_, kv, s, _) = inputs[0].shape, inputs[1].shape
     dims = {"B": b, "H": h, "Hkv": kv, "T": t, "S": s, "D": d, "K": inputs[5].shape[1]}
-    case = Case("made", dims, attributes=attributes)
+    dtypes = {"C": "int8"} if inputs[1].dtype == torch.int8 else {}
+    case = Case("made", dims, attributes=attributes, dtypes=dtypes)
     y, errors = run_onnx(op_model(SPEC, case, 21, dynamic=("B", "T", "S")), inputs)
     return y, errors
 
@@ -276,14 +286,66 @@ def test_refused_attributes(attributes: dict, words: str) -> None:
         SPEC.output_shapes(*SPEC.input_shapes(SPEC.cases[0]), **attributes)
 
 
+def in_int8(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """With a cache in int8 and a scale per key head, as far as the cache is filled."""
+    caches, scales = [], []
+    for cache in inputs[1:3]:
+        scale = cache.abs().amax((0, 2, 3)) / 127
+        caches.append((cache / scale[:, None, None]).round().to(torch.int8))
+        scales.append(scale)
+    return [inputs[0], *caches, *scales, *inputs[5:]]
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("groups", [0, 1])
+def test_an_int8_cache_is_its_numbers_times_the_scales(groups: int, rows: int) -> None:
+    inputs = made([[2, 0, -1]] * 2, [S, 9], rows=rows)
+    inputs[3:5] = [torch.ones(HKV)] * 2
+    quantised = in_int8(inputs)
+    exact, errors = loops(quantised, groups=groups)
+    assert errors == [0, 0]
+    for run in (definition, body):
+        y, _ = run(quantised, groups=groups)
+        assert relative_error(y, exact) < 1e-5
+    # Half a step of 1 / 127 of the largest number, in keys and values.
+    assert relative_error(exact, loops(inputs, groups=groups)[0]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("q", "cache", "words"),
+    [
+        (torch.float16, torch.float32, "k_cache in fp16 or int8, like q .* but it is fp32"),
+        (torch.float32, torch.bfloat16, "k_cache in fp32 or int8, like q .* but it is bf16"),
+        (torch.float32, torch.int32, "k_cache in fp32 or fp16 or bf16 or int8 .* it is int32"),
+    ],
+    ids=str,
+)
+def test_other_caches_are_refused(q: torch.dtype, cache: torch.dtype, words: str) -> None:
+    inputs = made([[0]], [9])
+    inputs = [inputs[0].to(q), *(x.to(cache) for x in inputs[1:3]), *inputs[3:]]
+    with pytest.raises(RuntimeInputError, match=words):
+        torch_op(SPEC)(*inputs)
+
+
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_a_node_knows_the_dtype_of_its_cache(cache: str) -> None:
+    case = next(case for case in SPEC.cases if case.name == "decode")
+    model = op_model(SPEC, replace(case, dtypes={"C": cache}), 21)
+    (found,) = plugin_nodes(model)
+    assert found.dtypes == {"C": cache}
+
+
 def test_kernels_that_a_node_needs() -> None:
-    def names(**dims: int | None) -> list[tuple[str, dict[str, int]]]:
+    def names(**dims: int | str | None) -> list[tuple[str, dict[str, int]]]:
         found = variants({"T": 1, "S": 4096, "D": 64, **dims}, {})
         return [(name.partition(".")[2], constants) for name, constants in found]
 
     decode, reduce, prefill = ("decode", {"BLOCK": 64}), ("reduce", {}), ("prefill", {"BLOCK": 64})
     assert names() == [decode, reduce]
     assert names(T=2) == [prefill]
+    assert names(C="fp16") == names()
+    assert names(C="int8") == [("decode_int8", {"BLOCK": 64}), reduce]
+    assert names(T=2, C="int8") == [("prefill_int8", {"BLOCK": 64})]
     assert names(T=None, S=None) == [decode, reduce, prefill]
     assert names(T=None, D=None) == []
     assert names(D=8)[0] == ("decode", {"BLOCK": 32})

@@ -103,6 +103,11 @@ TINY = SCAN.cases[0]
         ({"inputs": (replace(X, values="even"), STATE, LENGTH)}, "x has values 'even'"),
         ({"cases": (replace(TINY, values={"z": "unit"}),)}, "case tiny has values"),
         ({"cases": (replace(TINY, values={"x": "even"}),)}, "case tiny has values"),
+        ({"cases": (replace(TINY, dtypes={"T": "fp32"}),)}, "case tiny has x in fp32"),
+        (
+            {"inputs": (X, STATE, replace(LENGTH, dtypes=("int32", "int8"), variable="B"))},
+            "B is a size and a type variable with a choice",
+        ),
         ({"tolerance": {"fp32": Tolerance(1e-5, "sums")}}, "tolerances are given for"),
         (
             {"tolerance": {**STANDARD_TOLERANCE, "fp16": Tolerance(2.0, "generous")}},

@@ -30,7 +30,7 @@ from edgeattn.kernels.head_sparse_attention import (
     splits_of,
     workspaces,
 )
-from edgeattn.ops.head_sparse_attention import SPEC, reference, variants
+from edgeattn.ops.head_sparse_attention import INT8_SUFFIX, SPEC, reference, variants
 from edgeattn.ops.spec import Case
 
 FLOOR = SPEC.tolerance["fp32"].floor
@@ -79,7 +79,7 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def filled(self: Tensor, *shape: Any, **options: Any) -> Tensor:
         made = new_empty(self, *shape, **options)
-        return made.fill_(math.nan if made.is_floating_point() else 2**30)
+        return made.fill_(math.nan if made.is_floating_point() else 99)
 
     monkeypatch.setattr(Tensor, "new_empty", filled)
 
@@ -171,6 +171,20 @@ def test_large_scores_in_fp16(rows: int) -> None:
     check_outputs(SPEC, case, run(inputs), exact_outputs(SPEC, case, inputs))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_int8_caches(rows: int, dtype: str) -> None:
+    """In which every number is exact in 16 bits, also the outermost."""
+    inputs = made([[0, 1, 3]] * 3, [300, 129, 0], rows=rows, dtype=dtype)
+    for i in (1, 2):
+        inputs[i] = (30 * inputs[i].float()).round().clamp(-128, 127).to(torch.int8)
+        inputs[i][:, :, ::50] = -128
+        inputs[i][:, :, 1::50] = 127
+        inputs[i + 2] = torch.tensor([0.03, 0.01])
+    case = Case("made", {}, dtype, dtypes={"C": "int8"})
+    check_outputs(SPEC, case, run(inputs), exact_outputs(SPEC, case, inputs))
+
+
 @pytest.mark.parametrize(("k", "capacity"), [(0, 300), (3, 0), (0, 0)])
 def test_nothing_to_do(k: int, capacity: int) -> None:
     inputs = made([[0] * k] * 2, [0, 0], capacity=capacity)
@@ -217,7 +231,8 @@ def test_grids(data: st.DataObject) -> None:
         "prefill": math.ceil(values["T"] / values["CHUNK"]) * heads,
     }
     for kernel in KERNELS:
-        assert kernel.blocks(values) == (expected[kernel.name.split(".")[1]], 1, 1)
+        name = kernel.name.split(".")[1].removesuffix(INT8_SUFFIX)
+        assert kernel.blocks(values) == (expected[name], 1, 1)
 
 
 @given(width=st.sampled_from(range(8, 129, 8)))
@@ -236,7 +251,7 @@ def test_constants_fit_together(width: int) -> None:
     ("changed", "words"),
     [
         ({0: torch.float64}, "q in fp32 or fp16 or bf16 .* but it is torch.float64"),
-        ({1: torch.float16}, "k_cache in fp32 like q .* but it is fp16"),
+        ({1: torch.float16}, "v_cache in fp16 like k_cache .* but it is fp32"),
         ({5: torch.int64}, "head_index in int32 .* but it is torch.int64"),
         ({6: torch.int64}, "kv_len in int32 .* but it is torch.int64"),
     ],
