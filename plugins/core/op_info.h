@@ -68,8 +68,8 @@ struct View
 
 constexpr int32_t kMAX_SYMBOLS = 16;
 
-//! Sizes behind the symbols of an operator's shapes, in the order of OpInfo::symbols; -1 where not known. Behind them are
-//! the dtypes of OpInfo::choices.
+//! Sizes behind the symbols of an operator's shapes, in the order of OpInfo::symbols; -1 where not known. Behind them
+//! are the dtypes of OpInfo::choices.
 using Sizes = std::array<int32_t, kMAX_SYMBOLS>;
 
 //! As DimInfo::size: of a symbol for any number of dimensions, whose size is their product.
