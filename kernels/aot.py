@@ -39,7 +39,7 @@ _TENSOR_MEMORY = 512
 # What a parameter of each type is in PTX, and what Triton adds behind a kernel's own parameters:
 # pointers to memory for the kernel and for a profiler, null for ours.
 _PTX_TYPES: Mapping[ArgumentType, str] = {
-    **dict.fromkeys(("*T", "*fp32", "*i32"), "u64"),
+    **dict.fromkeys(("*T", "*fp32", "*i32", "*i8"), "u64"),
     **{"i32": "u32", "fp32": "f32"},
 }
 _HIDDEN = ("u64", "u64")

@@ -30,6 +30,11 @@ INTEGERS = (
     "K",
     "M",
     "TILE",
+    "G",
+    "S",
+    "D",
+    "SPLITS",
+    "groups",
 )
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)

@@ -19,6 +19,7 @@ _TYPES: Mapping[ArgumentType, str] = {
     "*T": "void const*",
     "*fp32": "float const*",
     "*i32": "int32_t const*",
+    "*i8": "void const*",  # where others have "*T", so that one value serves both
     "i32": "int32_t",
     "fp32": "float",
 }

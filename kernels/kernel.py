@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # Of pointers: to the variant's dtype or to what is named; else numbers passed by value.
-ArgumentType = Literal["*T", "*fp32", "*i32", "i32", "fp32"]
-TYPES: tuple[ArgumentType, ...] = ("*T", "*fp32", "*i32", "i32", "fp32")
+ArgumentType = Literal["*T", "*fp32", "*i32", "*i8", "i32", "fp32"]
+TYPES: tuple[ArgumentType, ...] = ("*T", "*fp32", "*i32", "*i8", "i32", "fp32")
 
 
 @dataclass(frozen=True)

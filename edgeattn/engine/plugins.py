@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,7 @@ class PluginNode:
         dtype: of its first input.
         shapes: of its inputs; None for a dimension that is not fixed.
         attributes: all of the operator's.
+        dtypes: of the operator's `choices`.
     """
 
     name: str
@@ -163,6 +164,7 @@ class PluginNode:
     dtype: str
     shapes: tuple[Shape, ...]
     attributes: Mapping[str, Any]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 def plugin_nodes(model: ModelProto) -> list[PluginNode]:
@@ -317,7 +319,8 @@ def _needed(node: PluginNode) -> Iterator[tuple[str, Mapping[str, int]]]:
             todo=f"correct the model: edgeattn ops {spec.name} says what it takes",
         ) from error
     try:
-        yield from spec.variants(bind(spec.inputs, node.shapes), node.attributes)
+        dims = {**bind(spec.inputs, node.shapes), **node.dtypes}
+        yield from spec.variants(dims, node.attributes)
     except RuntimeInputError as error:
         raise LoweringError(
             expected=f"{error.expected} for the kernels of node {node.name}",
@@ -367,8 +370,11 @@ def _plugin_node(node: NodeProto, known: Mapping[str, tuple[str, Shape | None]])
     for tensor, name in zip(spec.inputs, node.input, strict=True):
         shape = known.get(name, ("", None))[1]
         shapes.append(shape if shape is not None else (None,) * len(tensor.shape))
-    dtype = known.get(node.input[0], ("unknown", None))[0]
-    return PluginNode(node.name or node.op_type, node.op_type, dtype, tuple(shapes), complete)
+    found = [known.get(name, ("unknown", None))[0] for name in node.input]
+    of_variables = {t.variable: dtype for t, dtype in zip(spec.inputs, found, strict=True)}
+    dtypes = {name: of_variables[name] for name in spec.choices}
+    label = node.name or node.op_type
+    return PluginNode(label, node.op_type, found[0], tuple(shapes), complete, dtypes)
 
 
 def _value_types(graph: GraphProto) -> dict[str, tuple[str, Shape | None]]:
@@ -379,6 +385,7 @@ def _value_types(graph: GraphProto) -> dict[str, tuple[str, Shape | None]]:
         onnx.TensorProto.FLOAT: "fp32",
         onnx.TensorProto.FLOAT16: "fp16",
         onnx.TensorProto.BFLOAT16: "bf16",
+        onnx.TensorProto.INT8: "int8",
     }
     found: dict[str, tuple[str, Shape | None]] = {
         tensor.name: (names.get(tensor.data_type, "another dtype"), tuple(tensor.dims))

@@ -29,7 +29,7 @@ def cpp_header(spec: OpSpec) -> str:
         f"namespace edgeattn::{spec.snake_name}",
         "{",
         "",
-        *_dims(_symbols(spec)),
+        *_dims(_symbols(spec), spec.choices),
         "",
         *_attributes(spec.attributes),
         "",
@@ -55,16 +55,20 @@ def _symbols(spec: OpSpec) -> list[str]:
     return list(dict.fromkeys(s for t in tensors for s in t.shape if isinstance(s, str)))
 
 
-def _dims(symbols: Sequence[str]) -> Iterator[str]:
-    yield "//! Sizes behind the symbols of the shapes."
+def _dims(symbols: Sequence[str], choices: Sequence[str]) -> Iterator[str]:
+    and_dtypes = ", and dtypes of type variables" if choices else ""
+    yield f"//! Sizes behind the symbols of the shapes{and_dtypes}."
     yield "struct Dims"
     yield "{"
     members = ("leading" if symbol == LEADING else symbol for symbol in symbols)
     yield from (f"    int32_t {member};" for member in members)
+    yield from (f"    Dtype {member};" for member in choices)
     yield ""
     yield "    static Dims of(Sizes const& sizes)"
     yield "    {"
-    yield f"        return {{{', '.join(f'sizes[{i}]' for i in range(len(symbols)))}}};"
+    values = [f"sizes[{i}]" for i in range(len(symbols))]
+    values += [f"static_cast<Dtype>(sizes[{len(symbols) + i}])" for i in range(len(choices))]
+    yield f"        return {{{', '.join(values)}}};"
     yield "    }"
     yield "};"
 
@@ -134,9 +138,13 @@ def _info(spec: OpSpec) -> Iterator[str]:
     updated = {tensor.name: i for i, tensor in enumerate(spec.inputs)}
     yield from _tensor_table("kOUTPUTS", spec.outputs, updated)
     yield ""
+    if spec.choices:
+        named = ", ".join(map(_quoted, spec.choices))
+        yield f"inline constexpr char const* kCHOICES[] = {{{named}}};"
+        yield ""
     names = (spec.name, str(OP_VERSION), DOMAIN, f"{spec.snake_name}.")
     yield f"inline constexpr OpInfo kINFO{{{', '.join(map(_quoted, names))},"
-    yield "    kSYMBOLS, kINPUTS, kOUTPUTS};"
+    yield f"    kSYMBOLS, kINPUTS, kOUTPUTS{', kCHOICES' if spec.choices else ''}}};"
     yield ""
     yield "//! All of it, for OpPlugin."
     yield "struct Op"

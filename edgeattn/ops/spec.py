@@ -32,10 +32,11 @@ FLOATS = ("fp32", "fp16", "bf16")
 DTYPES = (*FLOATS, "int32", "int8", "bool")
 
 # Which numbers an input may hold: "unit" ones lie between 0 and 1, "unit-norm" rows have length 1,
-# "truth" is 0 or 1, "positive" ones are at least 1, "series" rows are about 1, 1, 1/2, 1/6, …
+# "truth" is 0 or 1, "positive" ones are at least 1, "large" ones at least 0 and about 100,
+# "series" rows are about 1, 1, 1/2, 1/6, …
 VALUES = (
     *("any", "zero", "positive", "non-negative", "non-positive"),
-    *("unit", "unit-norm", "truth", "series"),
+    *("unit", "unit-norm", "truth", "series", "large"),
 )
 # Besides: integers between two, both among them; a symbol stands for its size: "1..S".
 _RANGE = re.compile(r"(\w+)\.\.(\w+)")
@@ -60,7 +61,8 @@ class TensorSpec:
         name: unique within the operator.
         shape: symbols and fixed sizes, ("B", "T", "N"); `LEADING` may stand first.
         dtypes: allowed ones, of `DTYPES`.
-        variable: tensors of one type variable have the same dtype in a node, and list the same.
+        variable: tensors of one type variable have the same dtype in a node, and list the same. A
+            variable with a choice, part of which is that of "T", has the dtype of "T" or another.
         updates: of an output, the input whose next value it is (a state); a runtime may keep both
             in one buffer.
         values: of an input, which numbers it may hold, of `VALUES` or as "1..S".
@@ -99,6 +101,7 @@ class Case:
         dtype: of the type variable "T".
         attributes: those that differ from the defaults.
         values: of inputs that must be narrower here than the dossier says, by name; as there.
+        dtypes: of other type variables with a choice, where they have not that of "T".
     """
 
     name: str
@@ -106,6 +109,7 @@ class Case:
     dtype: str = "fp32"
     attributes: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,10 @@ class OpSpec:
         function_body: opset of the model -> the operator in standard ONNX operators.
         triton: "module:function" of the kernel, called like `reference`; None without one.
         plugin: whether `plugins/` holds a TensorRT plugin.
-        variants: (dimensions by symbol, all attributes) -> kernels, "operator.kernel", that must be
-            compiled for a node, with the constants that must fit; nothing while a dimension is not
-            known. Raises RuntimeInputError where none can be. None without kernels.
+        variants: (dimensions by symbol and dtypes of `choices`, all attributes) -> kernels,
+            "operator.kernel", that must be compiled for a node, with the constants that must fit;
+            nothing while a dimension is not known. Raises RuntimeInputError where none can be. None
+            without kernels.
         cases: for tests.
         tolerance: by dtype, one for every floating dtype of the first output.
     """
@@ -215,6 +220,21 @@ class OpSpec:
             tuple(size for symbol in tensor.shape for size in flat(symbol))
             for tensor in self.inputs
         )
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Type variables of inputs with a choice of dtypes, but "T"."""
+        found = (t.variable for t in self.inputs if t.variable != "T" and len(t.dtypes) > 1)
+        return tuple(dict.fromkeys(found))
+
+    def allowed_dtypes(self, tensor: TensorSpec, dtype: str) -> tuple[str, ...]:
+        """What an input or output may have where type variable "T" is `dtype`."""
+        kernels = {d for t in self.inputs if t.variable == "T" for d in t.dtypes}
+        if tensor.variable == "T":
+            return (dtype,)
+        if len(tensor.dtypes) == 1:
+            return tensor.dtypes
+        return tuple(d for d in tensor.dtypes if d == dtype or d not in kernels)
 
     @property
     def snake_name(self) -> str:
@@ -330,6 +350,9 @@ def _problems(spec: OpSpec) -> Iterable[str]:
     yield from _name_problems(names, r"[a-z]\w*")
     yield from _name_problems((c.name for c in spec.cases), r"[\w-]+")
     yield from _tensor_problems(spec)
+    symbols = {symbol for tensor in spec.inputs for symbol in tensor.shape}
+    for name in symbols & set(spec.choices):  # `variants` are given both by their names
+        yield f"{name} is a size and a type variable with a choice"
     for attribute in spec.attributes:
         if attribute.default is not None and not _has_type(attribute.default, attribute.type):
             yield f"attribute {attribute.name} is no {attribute.type} by default"
@@ -412,6 +435,10 @@ def _case_problems(spec: OpSpec, case: Case) -> Iterable[str]:
         yield f"case {case.name} has values {dict(case.values)}, not of inputs and of {VALUES}"
     if case.dtype not in {d for t in spec.inputs if t.variable == "T" for d in t.dtypes}:
         yield f"case {case.name} has dtype {case.dtype}"
+    for tensor in spec.inputs:
+        dtype = case.dtypes.get(tensor.variable)
+        if dtype is not None and dtype not in spec.allowed_dtypes(tensor, case.dtype):
+            yield f"case {case.name} has {tensor.name} in {dtype}"
     try:
         spec.output_shapes(*spec.input_shapes(case), **case.attributes)
     except RuntimeInputError as error:

@@ -66,6 +66,12 @@ def check_inputs(
         first, dtype = variables.setdefault(tensor.variable, (tensor.name, found))
         if dtype != found:
             raise _refused(spec, f"{tensor.name} in {dtype} like {first}", f"it is {found}")
+    kernels, dtype = variables["T"]
+    for tensor in spec.inputs:
+        found, choices = variables[tensor.variable][1], spec.allowed_dtypes(tensor, dtype)
+        if found not in choices:
+            allowed = f"{tensor.name} in {' or '.join(choices)}, like {kernels}"
+            raise _refused(spec, allowed, f"it is {found}")
     places = {value.device for value in inputs}
     if len(places) > 1:
         raise _refused(spec, "inputs on one device", f"they are on {sorted(map(str, places))}")

@@ -123,7 +123,7 @@ def _chosen(
     seen = set()
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
     for node, about in zip(nodes, plugin_nodes(proto), strict=True):
-        key = json.dumps([about.op, about.dtype, about.attributes], sort_keys=True)
+        key = json.dumps([about.op, about.dtype, about.dtypes, about.attributes], sort_keys=True)
         if every or key not in seen:
             found.append((about, list(node.input), list(node.output)))
         seen.add(key)
@@ -137,7 +137,7 @@ def _sample(node: PluginNode, inputs: tuple[Array, ...], found: tuple[Array, ...
     tensors = [torch.from_numpy(x) for x in inputs]
     if node.dtype == "bf16":  # ONNX Runtime ran them widened
         tensors = [
-            x.bfloat16().float() if t.variable == "T" else x
+            x.bfloat16().float() if "bf16" in t.dtypes and x.is_floating_point() else x
             for t, x in zip(spec.inputs, tensors, strict=True)
         ]
     exact = [x.float() if x.is_floating_point() else x for x in tensors]

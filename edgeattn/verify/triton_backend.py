@@ -47,7 +47,7 @@ def _run(sample: Sample, device: str) -> list[Array]:
     tensors = [torch.from_numpy(x).to(device) for x in sample.inputs]
     if sample.dtype == "bf16":  # which numpy keeps as fp32
         tensors = [
-            x.bfloat16() if tensor.variable == "T" else x
+            x.bfloat16() if "bf16" in tensor.dtypes and x.is_floating_point() else x
             for tensor, x in zip(spec.inputs, tensors, strict=True)
         ]
     result = kernel(*tensors, **sample.attributes)

@@ -68,7 +68,8 @@ struct View
 
 constexpr int32_t kMAX_SYMBOLS = 16;
 
-//! Sizes behind the symbols of an operator's shapes, in the order of OpInfo::symbols; -1 where not known.
+//! Sizes behind the symbols of an operator's shapes, in the order of OpInfo::symbols; -1 where not known. Behind them
+//! are the dtypes of OpInfo::choices.
 using Sizes = std::array<int32_t, kMAX_SYMBOLS>;
 
 //! As DimInfo::size: of a symbol for any number of dimensions, whose size is their product.
@@ -84,7 +85,9 @@ struct DimInfo
 struct TensorInfo
 {
     char const* name;
-    char const* variable; //!< tensors of one type variable have one dtype; the kernels are compiled for that of "T"
+    //! Tensors of one type variable have one dtype; the kernels are compiled for that of "T". A variable with a choice,
+    //! part of which is that of "T", has the dtype of "T" or another.
+    char const* variable;
     View<Dtype> dtypes;
     View<DimInfo> shape;
     int32_t updates; //!< of an output: the input whose next value it is, or -1
@@ -99,6 +102,7 @@ struct OpInfo
     View<char const*> symbols;
     View<TensorInfo> inputs;
     View<TensorInfo> outputs;
+    View<char const*> choices{}; //!< type variables with a choice, but "T"
 };
 
 } // namespace edgeattn

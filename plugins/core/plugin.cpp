@@ -65,19 +65,50 @@ bool isAllowed(OpInfo const& op, TensorInfo const& tensor, DataType type)
         [&](Dtype dtype) { return typeOf(dtype) == type && (!compiled || hasKernels(op, dtype)); });
 }
 
-template <typename TypeAt>
-Dtype kernelDtype(OpInfo const& op, TypeAt&& typeAt)
+//! \returns null where it is none of the tensor's.
+Dtype const* find(TensorInfo const& tensor, DataType type)
 {
-    int32_t const position = firstOf(op, kKERNEL_VARIABLE);
-    for (auto const dtype : op.inputs[position].dtypes)
+    auto const found
+        = std::find_if(tensor.dtypes.begin(), tensor.dtypes.end(), [&](Dtype dtype) { return typeOf(dtype) == type; });
+    return found == tensor.dtypes.end() ? nullptr : found;
+}
+
+//! The dtype of a type variable of inputs.
+template <typename TypeAt>
+Dtype dtypeOf(OpInfo const& op, char const* variable, TypeAt&& typeAt)
+{
+    int32_t const position = firstOf(op, variable);
+    TensorInfo const& tensor = op.inputs[position];
+    if (auto const* const dtype = find(tensor, typeAt(position)))
     {
-        if (typeOf(dtype) == typeAt(position))
-        {
-            return dtype;
-        }
+        return *dtype;
     }
-    throw Error(std::string(op.inputs[position].name) + " in a dtype of the operator",
+    throw Error(std::string(tensor.name) + " in a dtype of the operator",
         "it has TensorRT's type " + std::to_string(static_cast<int32_t>(typeAt(position))), "cast it in the model");
+}
+
+//! Whether a tensor with a choice has the dtype that the kernels are compiled for, or one they cannot be compiled for.
+bool fitsKernels(OpInfo const& op, TensorInfo const& tensor, DataType type, DataType kernels)
+{
+    TensorInfo const& first = op.inputs[firstOf(op, kKERNEL_VARIABLE)];
+    return tensor.dtypes.size == 1 || type == kernels || find(first, type) == nullptr;
+}
+
+//! Writes the dtypes of the operator's choices behind its sizes.
+template <typename TypeAt>
+void addDtypes(OpInfo const& op, Sizes& sizes, TypeAt&& typeAt)
+{
+    for (int32_t i = 0; i < op.choices.size; ++i)
+    {
+        Dtype const dtype = dtypeOf(op, op.choices[i], typeAt);
+        TensorInfo const& tensor = op.inputs[firstOf(op, op.choices[i])];
+        if (!fitsKernels(op, tensor, typeOf(dtype), typeAt(firstOf(op, kKERNEL_VARIABLE))))
+        {
+            throw Error(std::string(tensor.name) + " in the dtype of " + op.inputs[0].name + " or one of its own",
+                std::string("it is ") + nameOf(dtype), "cast it in the model");
+        }
+        sizes[op.symbols.size + i] = static_cast<int32_t>(dtype);
+    }
 }
 
 std::string textOf(OpInfo const& op, TensorInfo const& tensor)
@@ -196,28 +227,34 @@ Sizes bind(OpInfo const& op, bool exact, DimsOf&& dimsOf)
 
 Sizes bind(OpInfo const& op, PluginTensorDesc const* inputs)
 {
-    return bind(op, true, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].dims; });
+    Sizes sizes = bind(op, true, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].dims; });
+    addDtypes(op, sizes, [&](int32_t i) { return inputs[i].type; });
+    return sizes;
 }
 
 Sizes smallestOf(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
 {
-    return bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].min; });
+    Sizes sizes = bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].min; });
+    addDtypes(op, sizes, [&](int32_t i) { return inputs[i].desc.type; });
+    return sizes;
 }
 
 Sizes largestOf(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
 {
-    return bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].max; });
+    Sizes sizes = bind(op, false, [&](int32_t i) -> nvinfer1::Dims const& { return inputs[i].max; });
+    addDtypes(op, sizes, [&](int32_t i) { return inputs[i].desc.type; });
+    return sizes;
 }
 
 //! The dtype that the kernels are compiled for.
 Dtype kernelDtype(OpInfo const& op, PluginTensorDesc const* inputs)
 {
-    return kernelDtype(op, [&](int32_t i) { return inputs[i].type; });
+    return dtypeOf(op, kKERNEL_VARIABLE, [&](int32_t i) { return inputs[i].type; });
 }
 
 Dtype kernelDtype(OpInfo const& op, DynamicPluginTensorDesc const* inputs)
 {
-    return kernelDtype(op, [&](int32_t i) { return inputs[i].desc.type; });
+    return dtypeOf(op, kKERNEL_VARIABLE, [&](int32_t i) { return inputs[i].desc.type; });
 }
 
 bool isKnown(OpInfo const& op, Sizes const& sizes)
@@ -362,8 +399,9 @@ bool Plugin::supportsFormatCombination(
         PluginTensorDesc const& desc = tensors[position].desc;
         // What comes behind this position is not decided yet.
         int32_t const first = std::min(firstOf(mOp, tensor.variable), position);
+        int32_t const kernels = std::min(firstOf(mOp, kKERNEL_VARIABLE), position);
         supported = desc.format == nvinfer1::TensorFormat::kLINEAR && isAllowed(mOp, tensor, desc.type)
-            && desc.type == tensors[first].desc.type;
+            && desc.type == tensors[first].desc.type && fitsKernels(mOp, tensor, desc.type, tensors[kernels].desc.type);
     });
     return supported;
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <iterator>
 #include <string>
 
@@ -26,10 +27,15 @@ constexpr int32_t kMOST_NUMBERS = 1 << 29;
 //! A constant in which the kernels of a launch must agree: rows between states that are written down.
 constexpr char const* kSPAN = "SPAN";
 
+inline int32_t blockOf(int32_t width)
+{
+    return *std::lower_bound(std::begin(kBLOCKS), std::end(kBLOCKS) - 1, width);
+}
+
 template <typename Dims>
 int32_t blockOf(Dims const& dims)
 {
-    return *std::lower_bound(std::begin(kBLOCKS), std::end(kBLOCKS) - 1, std::max(dims.Dk, dims.Dv));
+    return blockOf(std::max(dims.Dk, dims.Dv));
 }
 
 //! \param came with its verb.
@@ -39,10 +45,9 @@ inline Error refused(char const* op, std::string const& expected, std::string co
 }
 
 //! \throws Error no kernel is made for such head dimensions, or for so many rows.
-template <typename Dims>
-void requireSizes(char const* op, Dims const& dims)
+inline void requireSizes(char const* op, std::initializer_list<int32_t> widths, int32_t rows)
 {
-    for (auto const width : {dims.Dk, dims.Dv})
+    for (auto const width : widths)
     {
         if (width < 1 || width > kMAX_WIDTH || width % kALIGNMENT != 0)
         {
@@ -52,13 +57,19 @@ void requireSizes(char const* op, Dims const& dims)
                 std::to_string(width) + " came");
         }
     }
-    auto const widest = std::max(dims.Dk, dims.Dv);
-    if (dims.T > kMOST_NUMBERS / widest)
+    auto const widest = std::max(widths);
+    if (rows > kMOST_NUMBERS / widest)
     {
         throw refused(op,
             "at most " + std::to_string(kMOST_NUMBERS / widest) + " rows of " + std::to_string(widest) + " numbers",
-            std::to_string(dims.T) + " came");
+            std::to_string(rows) + " came");
     }
+}
+
+template <typename Dims>
+void requireSizes(char const* op, Dims const& dims)
+{
+    requireSizes(op, {dims.Dk, dims.Dv}, dims.T);
 }
 
 //! \throws Error two loaded kernels of an operator differ in a constant.

@@ -29,6 +29,7 @@ PER_SM = {
     "recurrent_linear_attention": 60,
     "bidirectional_linear_attention": 16,
     "hadamard_transform": 18,
+    "head_sparse_attention": 26,
 }
 
 TABLE = """
@@ -80,7 +81,7 @@ def test_smoke_is_a_handful_of_every_kernel() -> None:
     assert {v.kernel.name for v in smoke} == set(all_kernels())
     assert {v.dtype for v in smoke} == {"fp16"}
     assert {v.constants["BLOCK"] for v in smoke if "BLOCK" in v.constants} == {64}
-    assert len(smoke) <= 12
+    assert len(smoke) <= 18
 
 
 # Of each operator: dimensions besides the widths, and attributes, that all its kernels are for.
@@ -90,6 +91,7 @@ USES = {
         for dg, rule in itertools.product((1, 8), ({}, {"delta": 1}, {"normalise": 1}))
     ],
     "bidirectional_linear_attention": [({}, {})],
+    "head_sparse_attention": [({"S": None, "C": c}, {}) for c in ("fp16", "int8")],
 }
 
 
@@ -100,7 +102,7 @@ def test_what_an_operator_launches_is_what_is_compiled(name: str) -> None:
     kernels = {kernel.name: kernel for kernel in operator.KERNELS}
     launched = set()
     for width, (dims, rule) in itertools.product((16, 32, 64, 128), USES[name]):
-        dims = {"T": None, "Dk": width, "Dv": width, **dims}
+        dims = {"T": None, "D": width, "Dk": width, "Dv": width, **dims}
         for kernel, chosen in operator.variants(dims, operator.SPEC.complete_attributes(rule)):
             constants = operator.complete_constants(kernels[kernel], chosen)
             launched.add((kernel, *sorted(constants.items())))

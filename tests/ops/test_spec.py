@@ -106,6 +106,11 @@ TINY = SCAN.cases[0]
         ({"cases": (replace(TINY, values={"x": "even"}),)}, "case tiny has values"),
         ({"inputs": (X, STATE, replace(LENGTH, values="1..S"))}, "length has values '1..S'"),
         ({"cases": (replace(TINY, values={"length": "1.."}),)}, "case tiny has values"),
+        ({"cases": (replace(TINY, dtypes={"T": "fp32"}),)}, "case tiny has x in fp32"),
+        (
+            {"inputs": (X, STATE, replace(LENGTH, dtypes=("int32", "int8"), variable="B"))},
+            "B is a size and a type variable with a choice",
+        ),
         ({"tolerance": {"fp32": Tolerance(1e-5, "sums")}}, "tolerances are given for"),
         (
             {"tolerance": {**STANDARD_TOLERANCE, "fp16": Tolerance(2.0, "generous")}},

@@ -32,7 +32,7 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[2]
 OP = "recurrent_linear_attention"  # whose dummies its own tests know; others are as in the table
 _HEADERS_WHEEL = "kernel-lens==2.0.1"  # Apache-2.0, with the headers of TensorRT 10.14
-_FAKE_TYPES = {"*T": "p", "*fp32": "p", "*i32": "p", "i32": "i", "fp32": "f"}
+_FAKE_TYPES = {"*T": "p", "*fp32": "p", "*i32": "p", "*i8": "p", "i32": "i", "fp32": "f"}
 _SYSROOT = "/usr/aarch64-linux-gnu"
 
 # Which dummies there are: (SM, dtype, BLOCK).

@@ -45,7 +45,7 @@ def test_it_launches(emulated: Any, spec: OpSpec) -> None:
     answers = emulated.drive(*commands, "shape", "enqueue")
     assert (answers["shape"], answers["enqueue"]) == ("0", "0")
     last = answers.launches[-1]  # which all operators' results come from
-    name = spec.inputs[0].name
+    name = spec.outputs[0].name
     assert last.name.startswith(f"{spec.snake_name}.")
     assert last.arguments[name] == answers.addresses[name]
 

@@ -25,12 +25,14 @@ TORCH = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int32": torch.int32,
+    "int8": torch.int8,
 }
 ONNX = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "int32": ir.DataType.INT32,
+    "int8": ir.DataType.INT8,
 }
 _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "any": lambda x: x,
@@ -42,6 +44,7 @@ _VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "unit-norm": lambda x: torch.nn.functional.normalize(x, dim=-1),
     "truth": lambda x: (x > 0.5).to(x.dtype),
     "series": lambda x: (1 + torch.tanh(x) / 50) / _factorials(x.shape[-1]),
+    "large": lambda x: 100 * torch.abs(x),
 }
 
 
@@ -78,7 +81,8 @@ def torch_op(spec: OpSpec) -> Callable[..., Any]:
 
 def dtype_of(tensor: Any, case: Case) -> str:
     """The dtype of one input or output in a case."""
-    return case.dtype if tensor.variable == "T" else str(tensor.dtypes[0])
+    usual = case.dtype if case.dtype in tensor.dtypes else str(tensor.dtypes[0])
+    return case.dtypes.get(tensor.variable, usual)
 
 
 def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> list[Tensor]:
@@ -86,9 +90,11 @@ def case_inputs(spec: OpSpec, case: Case, *, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for tensor, shape in zip(spec.inputs, spec.input_shapes(case), strict=True):
-        values = case.values.get(tensor.name, tensor.values)
+        values, dtype = case.values.get(tensor.name, tensor.values), dtype_of(tensor, case)
         x = _numbers(values, case, torch.randn(shape, generator=generator))
-        inputs.append(x.to(TORCH[dtype_of(tensor, case)]))
+        if dtype == "int8":  # the numbers it has
+            x = (40 * x).round().clamp(-128, 127)
+        inputs.append(x.to(TORCH[dtype]))
     return inputs
 
 
