@@ -12,7 +12,18 @@ from edgeattn.errors import unknown_name
 from edgeattn.ops.spec import OpSpec
 
 # The modules here that are no operators.
-_PARTS = ("cpp_header", "function", "kernel_widths", "polynomial_sums", "spec", "torch_ops")
+_PARTS = (
+    *("cpp_header", "fft_rope_body", "function", "kernel_widths"),
+    *("polynomial_sums", "spec", "torch_ops"),
+)
+    "cpp_header",
+    "fft_rope_body",
+    "function",
+    "kernel_widths",
+    "polynomial_sums",
+    "spec",
+    "torch_ops",
+)
 
 
 def _specs() -> tuple[OpSpec, ...]:

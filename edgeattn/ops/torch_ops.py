@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from edgeattn.errors import RuntimeInputError, unknown_name
 from edgeattn.ops import ALL_OPS
@@ -110,7 +110,7 @@ def _register(spec: OpSpec) -> Callable[..., Any]:
         )
         return outputs if len(outputs) > 1 else outputs[0]
 
-    operator = torch.library.custom_op(
+    operator = library.custom_op(
         f"{DOMAIN}::{spec.snake_name}", run, mutates_args=(), schema=schema(spec)
     )
     operator.register_fake(fake)

@@ -24,7 +24,7 @@ from op_cases import (
     run_onnx,
     torch_op,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 from edgeattn.engine.tensorrt_rtx import check_build, is_available
 from edgeattn.errors import EdgeattnError, RuntimeInputError
@@ -78,9 +78,7 @@ def run_in_onnx(proto: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor
 
 @pytest.mark.parametrize(("spec", "case"), OWN, ids=case_id)
 def test_opcheck(spec: OpSpec, case: Case) -> None:
-    results = torch.library.opcheck(
-        torch_op(spec), tuple(case_inputs(spec, case)), dict(case.attributes)
-    )
+    results = library.opcheck(torch_op(spec), tuple(case_inputs(spec, case)), dict(case.attributes))
     assert set(results.values()) == {"SUCCESS"}
 
 
