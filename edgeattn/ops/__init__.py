@@ -13,9 +13,6 @@ from edgeattn.ops.spec import OpSpec
 
 # The modules here that are no operators.
 _PARTS = (
-    *("cpp_header", "fft_rope_body", "function", "kernel_widths"),
-    *("polynomial_sums", "spec", "torch_ops"),
-)
     "cpp_header",
     "fft_rope_body",
     "function",

@@ -23,11 +23,11 @@ and are NaN at −∞. No exponent is positive.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.kernel_widths import block_of
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
@@ -37,6 +37,7 @@ from edgeattn.ops.spec import (
     Shape,
     TensorSpec,
     bind,
+    refused,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from edgeattn.ops.function import Body
 
+_refused = functools.partial(refused, "BidirectionalLinearAttention")
 _INPUTS = (
     TensorSpec("q", ("B", "H", "T", "Dk")),
     TensorSpec("k", ("B", "H", "T", "Dk")),
@@ -78,14 +80,6 @@ def infer_shapes(inputs: Sequence[Shape], attributes: Mapping[str, Any]) -> tupl
         if not bound <= attributes[name] < math.inf:
             raise _refused(f"a finite {name} of at least {bound:g}", f"{attributes[name]}")
     return ((*inputs[0][:3], dims["Dv"]),)
-
-
-def _refused(expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected,
-        came=f"{came} came",
-        todo="see BidirectionalLinearAttention in edgeattn.ops",
-    )
 
 
 def reference(

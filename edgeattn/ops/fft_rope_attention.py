@@ -39,11 +39,11 @@ among those of the mean and of the bound.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
     AttributeSpec,
@@ -52,6 +52,7 @@ from edgeattn.ops.spec import (
     Shape,
     TensorSpec,
     bind,
+    refused,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ _MARGIN = 1.01
 LOWEST = -3.4e38
 
 _FP32, _INT32 = ("fp32",), ("int32",)
+_refused = functools.partial(refused, "FftRopeAttention")
 _INPUTS = (
     TensorSpec("q", ("B", "H", "Tq", "D")),
     TensorSpec("k", ("B", "Hkv", "S", "D")),
@@ -128,12 +130,6 @@ def _check_attributes(attributes: Mapping[str, Any]) -> None:
             raise _refused(f"{name} of 0 or 1", f"{attributes[name]}")
     if not 0 <= attributes["scale"] < math.inf:
         raise _refused("a finite scale of at least 0", f"{attributes['scale']}")
-
-
-def _refused(expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected, came=f"{came} came", todo="see FftRopeAttention in edgeattn.ops"
-    )
 
 
 def reference(

@@ -9,6 +9,7 @@ Hadamard matrices, but nothing here depends on it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from edgeattn.ops.spec import (
     Shape,
     TensorSpec,
     bind,
+    refused,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ONNX_FLOAT = 1  # TensorProto.FLOAT
+_refused = functools.partial(refused, "HadamardTransform")
 _INPUTS = (
     TensorSpec("x", (LEADING, "N")),
     TensorSpec("left", ("K", "K")),
@@ -128,12 +131,6 @@ def variants(
     vector = next(vector for vector in (8, 4, 1) if m % vector == 0)
     constants = {"BLOCK_K": block_k, "BLOCK_M": 128 if wide else 64, "VECTOR": vector}
     return [("hadamard_transform.transform", constants)]
-
-
-def _refused(expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected, came=f"{came} came", todo="see HadamardTransform in edgeattn.ops"
-    )
 
 
 SPEC = OpSpec(

@@ -15,11 +15,11 @@ The cache has the dtype of q, or int8; the scales are those of the latter, ones 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.kernel_widths import block_of
 from edgeattn.ops.spec import (
     FLOATS,
@@ -30,6 +30,7 @@ from edgeattn.ops.spec import (
     Shape,
     TensorSpec,
     bind,
+    refused,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from edgeattn.ops.function import Body
 
 _CACHE = (*FLOATS, "int8")
+_refused = functools.partial(refused, "HeadSparseAttention")
 _INPUTS = (
     TensorSpec("q", ("B", "H", "T", "D")),
     TensorSpec("k_cache", ("B", "Hkv", "S", "D"), _CACHE, "C"),
@@ -76,12 +78,6 @@ def infer_shapes(inputs: Sequence[Shape], attributes: Mapping[str, Any]) -> tupl
     if not 0 <= attributes["scale"] < math.inf:
         raise _refused("a finite scale of at least 0", f"{attributes['scale']}")
     return tuple(inputs[0]), (dims["B"],)
-
-
-def _refused(expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected, came=f"{came} came", todo="see HeadSparseAttention in edgeattn.ops"
-    )
 
 
 def reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgeattn.errors import RuntimeInputError
+from edgeattn.ops.spec import refused
 
 # Head dimensions are padded to one of these at run time; vectors of `ALIGNMENT` numbers are loaded
 # at once, so that no row may end within one.
@@ -30,14 +30,8 @@ def block_of(operator: str, widths: Sequence[int], length: Any) -> int:
     widest = max(widths)
     if widest > BLOCKS[-1] or any(width < 1 or width % ALIGNMENT for width in widths):
         expected = f"head dimensions that are multiples of {ALIGNMENT} up to {BLOCKS[-1]}"
-        raise _refused(operator, expected, " and ".join(map(str, widths)))
+        raise refused(operator, expected, " and ".join(map(str, widths)))
     if isinstance(length, int) and length * widest > MOST_NUMBERS:
         expected = f"at most {MOST_NUMBERS // widest} rows of {widest} numbers"
-        raise _refused(operator, expected, f"{length}")
+        raise refused(operator, expected, f"{length}")
     return next(block for block in BLOCKS if block >= widest)
-
-
-def _refused(operator: str, expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected, came=f"{came} came", todo=f"see {operator} in edgeattn.ops"
-    )

@@ -24,11 +24,11 @@ Segment sums are never formed as differences of cumulative sums: those cancel wh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.kernel_widths import block_of
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
@@ -38,6 +38,7 @@ from edgeattn.ops.spec import (
     Shape,
     TensorSpec,
     bind,
+    refused,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from edgeattn.ops.function import Body
 
 _FP32 = ("fp32",)
+_refused = functools.partial(refused, "RecurrentLinearAttention")
 _INPUTS = (
     TensorSpec("q", ("B", "H", "T", "Dk")),
     TensorSpec("k", ("B", "Hkv", "T", "Dk")),
@@ -91,12 +93,6 @@ def infer_shapes(inputs: Sequence[Shape], attributes: Mapping[str, Any]) -> tupl
             raise _refused(f"a finite {name} of at least 0", f"{attributes[name]}")
     state, normaliser = tuple(inputs[5]), tuple(inputs[6])
     return (*inputs[0][:3], dims["Dv"]), state, normaliser
-
-
-def _refused(expected: str, came: str) -> RuntimeInputError:
-    return RuntimeInputError(
-        expected=expected, came=f"{came} came", todo="see RecurrentLinearAttention in edgeattn.ops"
-    )
 
 
 def reference(

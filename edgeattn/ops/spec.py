@@ -324,6 +324,13 @@ def bind(tensors: Sequence[TensorSpec], shapes: Sequence[Shape]) -> dict[str, Di
     return dims
 
 
+def refused(operator: str, expected: str, came: str) -> RuntimeInputError:
+    """The error of inputs that an operator does not take, for its file to raise."""
+    return RuntimeInputError(
+        expected=expected, came=f"{came} came", todo=f"see {operator} in edgeattn.ops"
+    )
+
+
 def _misfit(expected: str, came: str) -> RuntimeInputError:
     return RuntimeInputError(
         expected=expected, came=came, todo="give tensors of the operator's shapes"
