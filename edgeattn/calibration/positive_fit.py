@@ -118,7 +118,7 @@ def _descend(rows: RowErrors, at: Tensor) -> Tensor:
 
 
 def _squares(coefficients: Tensor) -> Tensor:
-    """a and b, `[2m + 1]`, of a positive polynomial.
+    """The numbers a and b, `[2m + 1]`, of a positive polynomial.
 
     Half of its roots make a polynomial whose real part is a, and whose imaginary part b.
     """
@@ -129,7 +129,7 @@ def _squares(coefficients: Tensor) -> Tensor:
 
 
 def _coefficients(squares: Tensor) -> Tensor:
-    """c of a and b, of which it is a quadratic form."""
+    """The coefficients of a and b, a quadratic form."""
     return _jacobian(squares) @ squares / 2
 
 

@@ -14,7 +14,7 @@ _LEAST, _MOST = 0.005, 1.0
 
 
 def heat_map(heads: PolynomialHeads) -> bytes:
-    """A PNG of the error in each layer and head, those that take polynomials marked.
+    """A PNG of the output's relative error by layer and head, those that take polynomials marked.
 
     Args:
         heads: whose fitted polynomials of the highest even degree that was allowed are shown.
@@ -36,12 +36,13 @@ def heat_map(heads: PolynomialHeads) -> bytes:
     axes = figure.add_subplot()
     norm = colors.LogNorm(_LEAST, _MOST)
     image = axes.imshow(errors, norm=norm, cmap="RdYlGn_r", aspect="auto")
-    axes.scatter(*zip(*marks, strict=True), marker="o", s=12, color="black") if marks else None
+    if marks:
+        axes.scatter(*zip(*marks, strict=True), marker="o", s=12, color="black")
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
     axes.set_title(f"{heads.model}\n{len(marks)} heads within {heads.tolerance:.0%}", fontsize=9)
     bar = figure.colorbar(image, ax=axes, extend="max")
-    bar.set_label(f"relative error of the output, degree {degree}")
+    bar.set_label(f"error, degree {degree}")
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=150, metadata={"Software": None})
     return written.getvalue()
