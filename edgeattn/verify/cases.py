@@ -54,7 +54,7 @@ class Case:
 
 
 def build_cases(
-    vocab_size: int, context: int, tokens: Sequence[int] | None = None
+    vocab_size: int, context: int, tokens: Sequence[int] | None = None, *, exact: int = 0
 ) -> tuple[Case, ...]:
     """The cases every bundle is verified with.
 
@@ -62,8 +62,9 @@ def build_cases(
         vocab_size: ids are below it.
         context: most tokens of a sequence; shorter contexts get shorter cases.
         tokens: ids of a text, repeated as needed; without them ids are drawn with a fixed seed.
+        exact: keys that polynomial attention treats exactly, so that the sequence goes beyond.
     """
-    prefill = min(PREFILL_TOKENS, max(1, context // 2))
+    prefill = min(PREFILL_TOKENS + exact, max(1, context // 2))
     steps = min(DECODE_STEPS, context - prefill)
     ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * RAGGED_STEPS, tokens)
     sequence, rest = ids[: prefill + steps], ids[prefill + steps :]

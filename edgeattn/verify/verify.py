@@ -101,7 +101,8 @@ def record_golden(
     """
     from edgeattn.verify.reference import run_reference
 
-    cases = build_cases(model.shape.vocab_size, model.shape.max_context, tokens)
+    shape = model.shape
+    cases = build_cases(shape.vocab_size, shape.max_context, tokens, exact=shape.exact_keys)
     stage = _staged(progress, "torch, layer by layer")
     overflow = ""
     for dtype in plain_dtypes(lowering):
