@@ -75,16 +75,17 @@ def print_polynomial_heads(heads: PolynomialHeads) -> None:
     for heading in (*headings, "best", "median", "Taylor"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, layer in enumerate(heads.layers):
-        if layer.skipped:
-            table.add_row(str(index), layer.skipped)
-        else:
-            table.add_row(str(index), *_layer_row(layer, degree))
+        row = ["-", "exact"] if layer.skipped else _layer_row(layer, degree)
+        table.add_row(str(index), *row)
     Console().print(table)
+    for reason in dict.fromkeys(layer.skipped for layer in heads.layers if layer.skipped):
+        skipped = [str(i) for i, layer in enumerate(heads.layers) if layer.skipped == reason]
+        click.echo(f"not measured: layer {', '.join(skipped)} ({reason})")
 
 
 def _layer_row(layer: Layer, degree: int) -> list[str]:
     def median(name: str) -> float:
-        return statistics.median(getattr(head, name) for head in layer.heads)
+        return statistics.median(float(getattr(head, name)) for head in layer.heads)
 
     fitted, taylor = (
         [head.error(degree, fitted=one) or 0.0 for head in layer.heads] for one in (True, False)

@@ -37,7 +37,8 @@ def heat_map(heads: PolynomialHeads) -> bytes:
     norm = colors.LogNorm(_LEAST, _MOST)
     image = axes.imshow(errors, norm=norm, cmap="RdYlGn_r", aspect="auto")
     if marks:
-        axes.scatter(*zip(*marks, strict=True), marker="o", s=12, color="black")
+        x, y = zip(*marks, strict=True)
+        axes.scatter(x, y, s=12, color="black")
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
     axes.set_title(f"{heads.model}\n{len(marks)} heads within {heads.tolerance:.0%}", fontsize=9)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("torch")
+pytest.importorskip("hypothesis")
 
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +22,7 @@ from edgeattn.attention import FftRope, FftRopeRequest
 from edgeattn.calibration.far_sums import FIRST_ROW, FarField
 from edgeattn.calibration.walk import LayerWalk
 from edgeattn.calibration.work import WorkFolder
-from edgeattn.errors import EdgeattnError, LoweringError, UsageError
+from edgeattn.errors import LoweringError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, load_layer, model_of
 from edgeattn.models.stream import Head as LmHead
@@ -129,7 +130,7 @@ def test_recorded_errors_are_the_operators(model: Model, windows: Tensor) -> Non
 
 
 def test_heads_within_the_tolerance_are_chosen(calibrated: PolynomialHeads) -> None:
-    assert 0 < calibrated.passed
+    assert calibrated.passed > 0
     for layer in calibrated.layers:
         needed = []
         for head in layer.heads:
@@ -204,7 +205,9 @@ def test_a_lower_degree_has_zeros_behind(model: Model, calibrated: PolynomialHea
     tables = with_polynomials(model, heads_of([mixed] * 3)).tables[0]
     assert tables["backend"].tolist() == [1, 1, 0, 1]
     assert tables["coefficients"][0, 1:].tolist() == [0, 0]
-    assert tables["coefficients"][0, 0] == layer.heads[0].candidates[places[0, True]].coefficients[0]
+    assert (
+        tables["coefficients"][0, 0] == layer.heads[0].candidates[places[0, True]].coefficients[0]
+    )
     assert tables["coefficients"][1].tolist() == list(
         layer.heads[1].candidates[places[2, True]].coefficients
     )
@@ -264,9 +267,7 @@ def file(calibrated: PolynomialHeads, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-def test_file_gives_the_same_tables(
-    model: Model, calibrated: PolynomialHeads, file: Path
-) -> None:
+def test_file_gives_the_same_tables(model: Model, calibrated: PolynomialHeads, file: Path) -> None:
     read = read_polynomial_heads(file)
     assert read == calibrated
     check_fits(read, model.shape, "abc")
@@ -332,8 +333,7 @@ def test_a_changed_file_is_refused_or_has_tables(
     try:
         heads = read_polynomial_heads(path)
         check_fits(heads, model.shape, "abc")
-    except EdgeattnError as error:
-        assert str(error).startswith("expected ")
+    except UsageError:
         return
     for tables in with_polynomials(model, heads).tables.values():
         assert all(table.isfinite().all() for table in tables.values())
