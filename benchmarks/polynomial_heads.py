@@ -1,4 +1,4 @@
-"""How many heads of SmolLM2-135M stay near exact attention when far keys are weighed by polynomials.
+"""How many heads of SmolLM2-135M stay near exact attention with polynomials for far keys.
 
     python benchmarks/polynomial_heads.py --text emma.txt [--length 1024] [--windows 8]
 
