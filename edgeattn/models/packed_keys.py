@@ -37,6 +37,11 @@ class PackedKeys:
         """Past `[B, Hkv, P, D]` and new `[B, Hkv, T, D]` keys or values, `[B, Hkv, S, D]`."""
         return take(torch.cat((past, new), dim=2), self.source)
 
+    def expand(self, rows: int) -> PackedKeys:
+        """The same for so many rows, of keys for one."""
+        fields = (self.mask, self.source, self.count, self.past, self.padding)
+        return PackedKeys(*(x.expand(rows, *x.shape[1:]) for x in fields))
+
 
 def pack_keys(attention_mask: Tensor, query_len: int, window: int | None = None) -> PackedKeys:
     """The keys of a step.

@@ -30,13 +30,31 @@ def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
     Raises:
         BundleError: another run is at work there.
     """
-    folder = work_folder(output)
     if not scheme.needs_calibration:
-        yield folder
+        yield work_folder(output)
         return
+    with locked_work(output) as folder:
+        yield folder
+
+
+@contextmanager
+def locked_work(output: Path) -> Iterator[Path]:
+    """As `open_work`, for work that always needs the folder.
+
+    Raises:
+        BundleError: another run is at work there, or the folder cannot be made.
+    """
     from edgeattn.calibration.work import LOCK, has_parts
 
-    folder.mkdir(exist_ok=True)
+    folder = work_folder(output)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BundleError(
+            expected=f"a folder {folder.parent} to write in",
+            came=f"the disk refused ({error.strerror})",
+            todo="choose another place with -o",
+        ) from error
     with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
