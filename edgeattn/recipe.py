@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from edgeattn.attention import AttentionRequest, parse_attention
 from edgeattn.errors import UsageError, unknown_name
 from edgeattn.quant.scheme import Scheme, parse_scheme
 
@@ -34,7 +35,8 @@ class Recipe:
         context: longest sequence in tokens; None takes the checkpoint's own.
         batch: most rows at once.
         logits: "all" positions or the "last" one only.
-        calibration: a text file, or a folder of them, for schemes that are calibrated.
+        attention: NAME[:key=value,…] of an attention variant; at most one for now.
+        calibration: a text file, or a folder of them, for what is calibrated.
         calibration_windows: stretches of 512 tokens that are taken from it.
         rotations: a file of learned rotations to use again.
         eval_text: a text on which the exported graph's quality is measured.
@@ -47,6 +49,7 @@ class Recipe:
     context: int | None = None
     batch: int = 1
     logits: str = "all"
+    attention: tuple[str, ...] = ()
     calibration: str | None = None
     calibration_windows: int = CALIBRATION_WINDOWS
     rotations: str | None = None
@@ -61,6 +64,7 @@ class Recipe:
         """
         _check_types(self)
         parse_scheme(self.quant)
+        _check_attention(self.attention)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.logits not in LOGITS:
@@ -77,9 +81,20 @@ class Recipe:
         """The parsed quantisation scheme."""
         return parse_scheme(self.quant)
 
+    @property
+    def attention_request(self) -> AttentionRequest | None:
+        """The parsed attention variant; None for softmax in every layer."""
+        return parse_attention(self.attention[0]) if self.attention else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a text must be run through the model."""
+        request = self.attention_request
+        return self.scheme.needs_calibration or bool(request and request.needs_calibration)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values without the fields left at None."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """JSON-ready values without the fields that say nothing."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -98,6 +113,8 @@ class Recipe:
                 came="none was named",
                 todo='pass --target NAME or write target = "NAME" into the recipe',
             )
+        if isinstance(values.get("attention"), list):  # of TOML or JSON
+            values = {**values, "attention": tuple(values["attention"])}
         return cls(**values)
 
 
@@ -117,9 +134,27 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def _check_attention(asked: tuple[str, ...]) -> None:
+    labels = [parse_attention(text).label for text in asked]
+    if len(labels) > 1:
+        raise UsageError(
+            expected="one attention variant, as they do not compose yet",
+            came=f"{' and '.join(labels)} were given",
+            todo="leave one out",
+        )
+
+
 def _check_types(recipe: Recipe) -> None:
     for f in fields(recipe):
         value = getattr(recipe, f.name)
+        if f.name == "attention":
+            if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+                raise UsageError(
+                    expected="attention as a list of texts",
+                    came=f"it is {value!r}",
+                    todo='write attention = ["head-sparse:density=0.75"]',
+                )
+            continue
         kind = int if f.name in _COUNTS else str
         optional = f.default is None and value is None
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):

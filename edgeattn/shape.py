@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from edgeattn.attention import LayerAttention, layer_attention
 from edgeattn.errors import CheckpointError
 
 
@@ -94,10 +95,12 @@ class LayerKind:
     Attributes:
         rope: rotary positions; None for a layer without (NoPE).
         window: keys a query sees, itself included; None for all before it.
+        attention: the variant that computes it; None for softmax.
     """
 
     rope: Rope | None
     window: int | None = None
+    attention: LayerAttention | None = None
 
     def __post_init__(self) -> None:
         """Refuses an empty window.
@@ -195,6 +198,11 @@ class ModelShape:
         return tuple(dict.fromkeys(self.layer_cycle[: self.num_layers]))
 
     @property
+    def has_variants(self) -> bool:
+        """Whether some layer's attention is no plain softmax."""
+        return any(kind.attention is not None for kind in self.layer_kinds)
+
+    @property
     def has_windows(self) -> bool:
         """Whether some layer sees the last keys only."""
         return any(kind.window is not None for kind in self.layer_kinds)
@@ -269,11 +277,12 @@ class ModelShape:
 
 
 def _layer_kind(values: Mapping[str, Any]) -> LayerKind:
-    rope = values["rope"]
+    rope, attention = values["rope"], layer_attention(values.get("attention"))
     if rope is None:
-        return LayerKind(None, values["window"])
+        return LayerKind(None, values["window"], attention)
     scaling = {**rope["scaling"], "divisors": tuple(rope["scaling"]["divisors"])}
-    return LayerKind(Rope(rope["dim"], rope["theta"], RopeScaling(**scaling)), values["window"])
+    rotary = Rope(rope["dim"], rope["theta"], RopeScaling(**scaling))
+    return LayerKind(rotary, values["window"], attention)
 
 
 def _bad(expected: str, came: str) -> CheckpointError:

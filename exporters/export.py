@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgeattn.exporters.check import check_graph
+from edgeattn.exporters.functions import attach_functions
 from edgeattn.exporters.inserter import Inserter
 from edgeattn.exporters.kv_cache import insert_int8_caches
 from edgeattn.exporters.passes import fuse_residual_norms
@@ -53,6 +54,7 @@ def export_graph(
     """
     binder = WeightBinder(model, lowering)
     graph = stamp(trace_decoder(model.shape, lowering), binder)
+    attach_functions(graph)
     inserter = Inserter(graph, IR_DTYPES[lowering.dtype])
     insert_int8_caches(graph, model.caches, inserter)
     insert_reads(graph, model.reads, inserter)

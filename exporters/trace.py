@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
+from edgeattn.exporters.functions import translations
 from edgeattn.models.decoder import Decoder, KVCache
 from edgeattn.models.model import TORCH_DTYPES
 from edgeattn.planner.lowering import Lowering
@@ -93,6 +94,7 @@ def trace_decoder(shape: ModelShape, lowering: Lowering, *, whole: bool = False)
             dynamo=True,
             optimize=False,
             verbose=False,
+            custom_translation_table=translations() if shape.has_variants else None,
         )
         assert program is not None
         model = program.model

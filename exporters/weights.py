@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.models.attention import rotary_buffers
+from edgeattn.models.attention_variants import TABLES
 from edgeattn.models.families import parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, Progress, rounded
 from edgeattn.planner.lowering import Lowering
@@ -26,6 +27,7 @@ IR_DTYPES = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
+_TABLE_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.int32: ir.DataType.INT32}
 # Offsets a runtime can map without copying.
 _PAGE = 4096
 
@@ -58,6 +60,7 @@ class WeightBinder:
         lowering: dtype and embedding form.
         stored: every initialiser made so far, in graph order.
         rotary: constants of rotary positions by name.
+        tables: of attention variants by name.
     """
 
     model: Model
@@ -74,10 +77,19 @@ class WeightBinder:
             context=lowering.context or shape.max_context,
             dtype=TORCH_DTYPES[lowering.dtype],
         )
+        self.tables = {
+            f"layers.{layer}.{TABLES}.{name}": tensor
+            for layer, tensors in self.model.tables.items()
+            for name, tensor in tensors.items()
+        }
         self._dtype = IR_DTYPES[self.lowering.dtype]
 
     def parameter(self, name: str) -> ir.Value:
-        """A parameter that is never quantised: norm gains, biases, rotary frequencies."""
+        """A parameter that is never quantised: norm gains, biases, rotary frequencies, tables."""
+        if name in self.tables:
+            table = self.tables[name]
+            dtype = _TABLE_DTYPES[table.dtype]
+            return self._store(name, name, "float", dtype, tuple(table.shape), transposed=False)
         if name in self.rotary:
             table = self.rotary[name]
             wide = ir.DataType.FLOAT if table.dtype == torch.float32 else self._dtype
@@ -234,8 +246,9 @@ def _encode(
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """The bytes of each part of one parameter, as a flat uint8 array."""
     dtype = TORCH_DTYPES[binder.lowering.dtype]
-    if parameter in binder.rotary:
-        yield parts[0], _bytes(binder.rotary[parameter])
+    constants = {**binder.rotary, **binder.tables}
+    if parameter in constants:
+        yield parts[0], _bytes(constants[parameter])
         return
     value = binder.model.weights.read(parameter)
     for stored in parts:

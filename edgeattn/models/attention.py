@@ -16,8 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from edgeattn.attention import LayerAttention
+from edgeattn.models.attention_variants import Tables, attend_variant
 from edgeattn.models.group_query import KeyCounts, count_keys, group_query_attention
 from edgeattn.models.linear import Linear
+from edgeattn.models.packed_keys import PackedKeys, pack_keys
 from edgeattn.quant.kv_cache import Int8Cache, to_int8
 from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
 
@@ -139,11 +142,12 @@ class LayerInputs:
     Attributes:
         rotary: cosine and sine, each `[B, 1, T, R/2]`, or in the group-query form `[C, R/2]` by
             position; None for a layer without.
-        keys: which keys are seen: a mask `[B, 1, T, S]`, or counts in the group-query form.
+        keys: which keys are seen: a mask `[B, 1, T, S]`, counts in the group-query form, or where
+            they lie in a packed cache, which models with an attention variant have.
     """
 
     rotary: tuple[Tensor, Tensor] | None
-    keys: Tensor | KeyCounts
+    keys: Tensor | KeyCounts | PackedKeys
 
 
 def layer_inputs(
@@ -168,7 +172,8 @@ def layer_inputs(
         for rope, frequencies in zip(shape.ropes, inv_freq, strict=True)
     }
     length, windows = position_ids.shape[1], {kind.window for kind in shape.layer_kinds}
-    masks = {window: causal_mask(attention_mask, length, window) for window in windows}
+    keys_of = pack_keys if shape.has_variants else causal_mask
+    masks = {window: keys_of(attention_mask, length, window) for window in windows}
     return {
         kind: LayerInputs(rotary[kind.rope] if kind.rope else None, masks[kind.window])
         for kind in shape.layer_kinds
@@ -228,6 +233,13 @@ def attend(
     return (weights @ v.unsqueeze(2)).flatten(1, 2)
 
 
+def _joined(past: Tensor, new: Tensor, keys: Tensor | PackedKeys) -> Tensor:
+    """Past and new keys or values, slot by slot or packed."""
+    if isinstance(keys, PackedKeys):
+        return keys.join(past, new)
+    return torch.cat((past, new), dim=2)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in fp32.
 
@@ -251,10 +263,19 @@ class Attention(nn.Module):
     Attributes:
         cache: int8 format of past and present; None holds them as they are computed. A traced layer
             holds them so, the exporter inserts the rest.
+
+    Args:
+        shape: of the model.
+        form: spelling of softmax attention.
+        variant: what computes attention instead of softmax.
     """
 
-    def __init__(self, shape: ModelShape, form: OperatorForm) -> None:
+    def __init__(
+        self, shape: ModelShape, form: OperatorForm, variant: LayerAttention | None = None
+    ) -> None:
         super().__init__()
+        self.variant = variant
+        self.tables = None if variant is None else Tables(variant, shape)
         self.heads = (shape.num_heads, shape.head_dim)
         self.kv_heads = (shape.num_kv_heads, shape.head_dim)
         self.form: OperatorForm = form
@@ -308,13 +329,23 @@ class Attention(nn.Module):
         if self.cache is not None:
             q, k = self.cache.rotate(q), self.cache.rotate(k)
             k, v = to_int8(k, self.cache.key_scale), to_int8(v, self.cache.value_scale)
-        present = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        present = _joined(past[0], k, shared.keys), _joined(past[1], v, shared.keys)
         keys, values = present
         if self.cache is not None:
             keys = keys.to(q.dtype) * self.cache.key_scale
             values = values.to(q.dtype) * self.cache.value_scale
-        y = attend(q, keys, values, shared.keys, self.form, self.softcap)
+        y = self._attend(x, q, keys, values, shared.keys)
         return y.transpose(1, 2).flatten(2), present
+
+    def _attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | PackedKeys
+    ) -> Tensor:
+        if self.variant is not None:
+            assert self.tables is not None
+            assert isinstance(keys, PackedKeys)
+            return attend_variant(self.variant, self.tables, x, q, k, v, keys)
+        mask = keys.mask if isinstance(keys, PackedKeys) else keys
+        return attend(q, k, v, mask, self.form, self.softcap)
 
     def heads_of(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None

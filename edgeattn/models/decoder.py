@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgeattn.attention import LayerAttention
 from edgeattn.models.attention import (
     Attention,
     LayerInputs,
@@ -76,10 +77,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One pre-norm transformer block, with norms after attention and MLP where the shape says."""
 
-    def __init__(self, shape: ModelShape, form: OperatorForm) -> None:
+    def __init__(
+        self, shape: ModelShape, form: OperatorForm, variant: LayerAttention | None = None
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(shape, form)
+        self.self_attn = Attention(shape, form, variant)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.mlp = MLP(shape)
         if shape.output_norms:
@@ -125,7 +128,10 @@ class Decoder(nn.Module):
         self.form: OperatorForm = form
         self.last_logits_only = last_logits_only
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(shape, form) for _ in range(shape.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(shape, form, shape.layer_kind(i).attention)
+            for i in range(shape.num_layers)
+        )
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         if not shape.tied_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
@@ -143,7 +149,7 @@ class Decoder(nn.Module):
             past: per layer keys and values `[B, Hkv, P, D]`.
         """
         x = embed(self.embed_tokens(input_ids), self.shape)
-        if self.form == "group-query":
+        if self.form == "group-query" or self.shape.has_variants:
             x = refuse_left_padding(x, attention_mask)
         shared = self._layer_inputs(attention_mask, position_ids, x.dtype)
         hidden, present = [x], []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.models.attention import OperatorForm
+from edgeattn.models.attention_variants import LayerTables
 from edgeattn.models.checkpoint import Checkpoint, check_finite
 from edgeattn.models.decoder import Decoder, DecoderLayer
 from edgeattn.models.families import parameter_names
@@ -47,12 +48,14 @@ class Model:
         weights: its parameters, lazily.
         reads: how linear layers read their inputs, by the name of the weight; most as they are.
         caches: formats of int8 caches by layer; the others hold keys and values as computed.
+        tables: what the attention variants of `shape` read, by layer (`attention_variants`).
     """
 
     shape: ModelShape
     weights: ModelWeights
     reads: Mapping[str, LinearInput] = field(default_factory=dict)
     caches: Mapping[int, Int8Cache] = field(default_factory=dict)
+    tables: LayerTables = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def load_decoder(
     decoder.reset_rotary()
     _set_reads(decoder, model, "")
     for index, block in enumerate(decoder.blocks()):
-        block.self_attn.cache = model.caches.get(index)
+        _set_attention(block, model, index)
     return decoder
 
 
@@ -127,7 +130,7 @@ def load_layer(
 ) -> DecoderLayer:
     """Builds one block in PyTorch with its weights, in `weight_dtype`; see `load_decoder`."""
     with torch.device("meta"):
-        layer = DecoderLayer(model.shape, form)
+        layer = DecoderLayer(model.shape, form, model.shape.layer_kind(index).attention)
     layer = layer.to(weight_dtype).to_empty(device="cpu").eval().requires_grad_(False)
     prefix = f"layers.{index}."
     parameters = dict(layer.named_parameters())
@@ -136,8 +139,14 @@ def load_layer(
             value = rounded(name, model.weights.read(name), weight_dtype)
             parameters[name.removeprefix(prefix)].copy_(value)
     _set_reads(layer, model, prefix)
-    layer.self_attn.cache = model.caches.get(index)
+    _set_attention(layer, model, index)
     return layer
+
+
+def _set_attention(layer: DecoderLayer, model: Model, index: int) -> None:
+    layer.self_attn.cache = model.caches.get(index)
+    if layer.self_attn.tables is not None:
+        layer.self_attn.tables.fill(model.tables[index])
 
 
 def _set_reads(module: nn.Module, model: Model, prefix: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from edgeattn.attention import AttentionRequest, FftRopeRequest, parse_attention
 from edgeattn.devices.registry import Target
 from edgeattn.devices.schema import GraphRules
 from edgeattn.errors import BundleError, LoweringError, UsageError
@@ -30,13 +31,15 @@ class Lowering:
             constant only right before DequantizeLinear, and folds the pair) or
             "gather-dequantize" (ONNX Runtime would dequantise the whole table at each step).
         kv_cache: "concat" joins past and new keys outside the attention, slot by slot;
-            "shared-buffer" packs each row's keys at its front and writes in place where past and
-            present are one buffer; it takes padding on the right of a prefill only.
+            "packed" joins each row's keys behind its last one, for the operators of attention
+            variants; "shared-buffer" packs them too and writes in place where past and present are
+            one buffer. These two take padding on the right of new tokens only.
         logits: "all" or "last".
         batch: most rows at once.
         context: longest sequence asked for; None is the checkpoint's own.
         strip_functions: function bodies are removed before an engine is built.
         rtx_sm: compute capability the TensorRT-RTX check builds for; None without TensorRT.
+        variant: the attention variant asked for, NAME[:key=value,…].
     """
 
     target: str
@@ -46,12 +49,28 @@ class Lowering:
     opset: int
     attention: Literal["standard", "primitive", "group-query"]
     embedding: Literal["dequantize-gather", "gather-dequantize"]
-    kv_cache: Literal["concat", "shared-buffer"]
+    kv_cache: Literal["concat", "packed", "shared-buffer"]
     logits: Literal["all", "last"]
     batch: int
     context: int | None
     strip_functions: bool
     rtx_sm: int | None
+    variant: str | None = None
+
+    @property
+    def request(self) -> AttentionRequest | None:
+        """The attention variant that was asked for."""
+        return None if self.variant is None else parse_attention(self.variant)
+
+    @property
+    def packs_cache(self) -> bool:
+        """Whether a row's keys lie at the front of the cache, without gaps."""
+        return self.kv_cache != "concat"
+
+    @property
+    def decides_at_run_time(self) -> bool:
+        """Whether a last bit can change much: what is rounded to int8, which heads are active."""
+        return self.scheme.rounds_at_run_time or self.variant is not None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the manifest and `--dry-run`."""
@@ -86,8 +105,17 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
     scheme = recipe.scheme
     _check_weights(scheme, target)
     graph = target.software.graph
-    # GroupQueryAttention writes its cache in place, in the dtype it computes in.
-    joined = scheme.kv_bits is not None and graph.kv_cache == "shared-buffer"
+    request = recipe.attention_request
+    if request is not None and scheme.kv_bits is not None:
+        raise LoweringError(
+            expected="a floating-point cache for an attention variant",
+            came=f"scheme {scheme.label} holds it in int8",
+            todo="leave out kv=int8 or --attention",
+        )
+    # GroupQueryAttention writes its cache in place, in the dtype it computes in, and is all of it.
+    is_own = graph.kv_cache == "shared-buffer"
+    joined = is_own and (scheme.kv_bits is not None or request is not None)
+    kv_cache = "concat" if joined else graph.kv_cache
     return Lowering(
         target=target.name,
         flavour=target.flavour,
@@ -96,12 +124,13 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
         opset=target.opset(int4=4 in scheme.weight_bits),
         attention="standard" if joined else graph.operators,
         embedding=_embedding_form(target),
-        kv_cache="concat" if joined else graph.kv_cache,
+        kv_cache="packed" if request is not None else kv_cache,
         logits=recipe.logits,  # type: ignore[arg-type]
         batch=recipe.batch,
         context=recipe.context,
         strip_functions=graph.strip_functions,
         rtx_sm=target.device.gpu.nearest_rtx_sm if target.device.gpu else None,
+        variant=None if request is None else request.label,
     )
 
 
@@ -132,6 +161,7 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
         LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
     """
     _check_scheme(lowering.scheme, shape)
+    _check_variant(lowering, shape)
     if lowering.context is not None and lowering.context > shape.max_context:
         raise LoweringError(
             expected=f"a context of at most {shape.max_context} tokens, which the checkpoint knows",
@@ -140,6 +170,27 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
         )
     within = shape.within(lowering.context or shape.max_context)
     return _fit_attention(lowering, within, target.software.graph)
+
+
+def _check_variant(lowering: Lowering, shape: ModelShape) -> None:
+    request = lowering.request
+    if request is None:
+        return
+    if shape.attention_softcap is not None:
+        raise LoweringError(
+            expected=f"a model without a cap on its attention's scores, for {request.label}",
+            came=f"family {shape.family} has one, which the operator does not know",
+            todo="leave out --attention",
+        )
+    if isinstance(request, FftRopeRequest):
+        return
+    units = shape.num_heads if request.unit == "heads" else shape.num_kv_heads
+    if int(request.density * units) < 1:
+        raise LoweringError(
+            expected=f"a density of at least 1/{units}: one of the model's {units} {request.unit}",
+            came=f"{request.label} leaves none",
+            todo="ask for a higher density",
+        )
 
 
 def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:

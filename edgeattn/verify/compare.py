@@ -110,7 +110,7 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
     logits and cache must be there.
     """
     quantized, comparisons = bool(lowering.scheme.weight_bits), []
-    plain, rounds = _plain_errors(golden, lowering), lowering.scheme.rounds_at_run_time
+    plain, rounds = _plain_errors(golden, lowering), lowering.decides_at_run_time
     for name, error in errors(found, golden.expected, golden.cases, rounds=rounds).items():
         low = plain.get(name, 0.0)
         allowed = allowed_error(lowering.dtype, low, quantized=quantized)
@@ -132,7 +132,7 @@ def _plain_errors(golden: Golden, lowering: Lowering) -> dict[str, float]:
     kind stands for all of them.
     """
     known = golden.low_precision_error
-    if not lowering.scheme.rounds_at_run_time:
+    if not lowering.decides_at_run_time:
         return known
     largest: dict[str, float] = {}
     for name, error in known.items():

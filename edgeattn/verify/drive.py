@@ -68,14 +68,20 @@ def drive(
             if progress:
                 progress(done, total)
         assert output is not None
-        valid = case.steps[-1].attention_mask.astype(bool)
-        if backend.packed_cache:
-            valid = np.arange(valid.shape[1]) < valid.sum(axis=1, keepdims=True)
+        valid = places_of(case, packed=backend.packed_cache)
         for name, value in output.items():
             if name.startswith("present."):
                 array = backend.to_numpy(value).transpose(0, 2, 1, 3)
                 found[f"{case.name}.{name}"] = array[valid]
     return found
+
+
+def places_of(case: Case, *, packed: bool) -> NDArray[np.bool_]:
+    """Which places of the cache after a case's last step hold keys, `[B, S]`."""
+    valid: NDArray[np.bool_] = case.steps[-1].attention_mask.astype(bool)
+    if packed:
+        valid = np.arange(valid.shape[1]) < valid.sum(axis=1, keepdims=True)
+    return valid
 
 
 def _valid_logits(logits: NDArray[np.float32], inputs: StepInputs) -> NDArray[np.float32]:

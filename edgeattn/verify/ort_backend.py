@@ -52,8 +52,9 @@ class OrtBackend:
         self._session = open_onnxruntime(source, weights_dir=model.parent, exact=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
-        self.packed_cache = lowering.kv_cache == "shared-buffer"
-        if self.packed_cache:
+        self.packed_cache = lowering.packs_cache
+        self._in_place: InPlaceRunner | None = None
+        if lowering.kv_cache == "shared-buffer":
             further = [n for n in self._outputs if n.startswith("hidden.") or n in expose]
             self._in_place = InPlaceRunner(self._session, _CONTEXT, further)
 
@@ -64,8 +65,8 @@ class OrtBackend:
             "attention_mask": inputs.attention_mask,
             "position_ids": inputs.position_ids,
         }
-        if self.packed_cache:
-            return self._step_in_place(inputs, past)
+        if self._in_place is not None:
+            return self._step_in_place(self._in_place, inputs, past)
         for name, declared in self._past.items():
             if past is None:
                 heads, head_dim = declared.shape[1], declared.shape[3]
@@ -77,12 +78,12 @@ class OrtBackend:
         return dict(zip(self._outputs, values, strict=True))
 
     def _step_in_place(
-        self, inputs: StepInputs, past: Mapping[str, object] | None
+        self, runner: InPlaceRunner, inputs: StepInputs, past: Mapping[str, object] | None
     ) -> Mapping[str, object]:
         """As the runtime does it, so that the proof is about what will run."""
         before = None if past is None else past["cache"]
         assert before is None or isinstance(before, Prefix)
-        outputs, cache = self._in_place.run(vars(inputs), before)
+        outputs, cache = runner.run(vars(inputs), before)
         return {**outputs, **cache.tensors(), "cache": cache}
 
     def to_numpy(self, value: object) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
 from edgeattn.models.model import TORCH_DTYPES, Model, load_layer, rounded
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
-from edgeattn.verify.drive import Tensors
+from edgeattn.verify.drive import Tensors, places_of
 from edgeattn.verify.tolerance import Plain
 
 # What the reference computes in: one step above the bundle's dtype.
@@ -171,7 +171,7 @@ class _Walk:
         past = module.self_attn.no_past(len(hidden[0]), run.dtype)
         for i, step in enumerate(case.steps):
             hidden[i], past = self.layers.step(module, index, step, hidden[i], past)
-        valid = case.steps[-1].attention_mask.astype(bool)
+        valid = places_of(case, packed=self.shape.has_variants)
         for part, tensor in zip(("key", "value"), past, strict=True):
             array = _numpy(tensor.transpose(1, 2))[valid]
             run.found[f"{case.name}.present.{index}.{part}"] = array

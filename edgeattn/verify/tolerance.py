@@ -76,7 +76,7 @@ class Plain:
 
 def plain_runs(lowering: Lowering, dtype: str) -> list[Plain]:
     """The runs whose error is what low precision costs anybody."""
-    if not lowering.scheme.rounds_at_run_time:
+    if not lowering.decides_at_run_time:
         return [Plain(dtype)]
     return [Plain(dtype, "standard"), Plain(dtype, "primitive")]
 

@@ -106,7 +106,7 @@ def record_golden(
     overflow = ""
     for dtype in plain_dtypes(lowering):
         expected, runs = run_reference(model, lowering, cases, plain_runs(lowering, dtype), stage)
-        rounds = lowering.scheme.rounds_at_run_time
+        rounds = lowering.decides_at_run_time
         found = [errors(run, expected, cases, rounds=rounds) for run in runs]
         largest = {name: max(run[name] for run in found) for name in found[0]}
         overflow = next((n for n, error in largest.items() if not math.isfinite(error)), "")
@@ -147,7 +147,7 @@ def prove(
     agreement = check_onnxruntime(
         model_file, golden, lowering, num_layers=model.shape.num_layers, progress=progress
     )
-    if lowering.scheme.rounds_at_run_time:
+    if lowering.decides_at_run_time:
         agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
     agreement = _with_operators(agreement, model_file, lowering, golden, operators_file)
     verification = _with_tensorrt(
