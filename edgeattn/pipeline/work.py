@@ -23,19 +23,31 @@ def work_folder(output: Path) -> Path:
 def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
     """The work folder for one run, which alone may use it.
 
-    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
-    and the error gets a note that says so. A scheme without calibration leaves it alone, whosever
-    it is.
+    A scheme without calibration leaves it alone, whosever it is; see `own_work`.
 
     Raises:
         BundleError: another run is at work there.
     """
-    folder = work_folder(output)
     if not scheme.needs_calibration:
-        yield folder
+        yield work_folder(output)
         return
+    with own_work(output) as folder:
+        yield folder
+
+
+@contextmanager
+def own_work(output: Path) -> Iterator[Path]:
+    """The work folder, for this run alone.
+
+    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
+    and the error gets a note that says so.
+
+    Raises:
+        BundleError: another run is at work there.
+    """
     from edgeattn.calibration.work import LOCK, has_parts
 
+    folder = work_folder(output)
     folder.mkdir(exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         try:

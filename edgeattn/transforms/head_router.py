@@ -2,9 +2,8 @@
 
 Polar Sparsity (arXiv 2505.14884) trains it as a classifier of the heads whose outputs are longest.
 Here it is fitted to the logarithm of these lengths, by least squares, unless asked otherwise: a
-head that is nearly as long as another then costs little when the two are mistaken. On SmolLM2-135M
-with 7 of 9 heads perplexity is RIDGE_PPL where the classifier gives BCE_PPL, and one fit serves
-every density.
+mistake between two heads of nearly the same length then costs little. On SmolLM2-135M with 7 of 9
+heads perplexity is 25.98 where the classifier, whose recall is higher, gives 26.31.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from edgeattn.models.attention_variants import group_scores, router_logits
 
 Method = Literal["regression", "classification"]
 
@@ -43,17 +44,7 @@ class HeadRouter:
 
     def scores(self, normed: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., H]`: the higher, the more a head is needed."""
-        return normed.float() @ self.weight + self.bias
-
-
-def unit_scores(scores: Tensor, units: int) -> Tensor:
-    """The highest score within each unit, `[..., H]` -> `[..., units]`.
-
-    Args:
-        scores: of query heads.
-        units: H for heads as they are, Hkv for KV groups, whose query heads are neighbours.
-    """
-    return scores.unflatten(-1, (units, -1)).amax(-1)
+        return router_logits(normed, self.weight, self.bias)
 
 
 def top_units(scores: Tensor, slots: int) -> Tensor:
@@ -63,8 +54,14 @@ def top_units(scores: Tensor, slots: int) -> Tensor:
 
 
 def active_heads(scores: Tensor, units: int, slots: int) -> Tensor:
-    """Which query heads are active, `[..., H]` bool: those of the best `slots` units."""
-    chosen = top_units(unit_scores(scores, units), slots)
+    """Which query heads are active, `[..., H]` bool: those of the best `slots` units.
+
+    Args:
+        scores: of query heads, `[..., H]`.
+        units: H for heads as they are, Hkv for KV groups, which their best heads stand for.
+        slots: units that are active.
+    """
+    chosen = top_units(group_scores(scores, units), slots)
     return chosen.repeat_interleave(scores.shape[-1] // units, dim=-1)
 
 
@@ -77,8 +74,8 @@ def recall(scores: Tensor, norms: Tensor, units: int, slots: int) -> float:
         units: H, or Hkv for KV groups.
         slots: units that are active.
     """
-    needed = top_units(unit_scores(norms, units), slots)
-    chosen = top_units(unit_scores(scores, units), slots)
+    needed = top_units(group_scores(norms, units), slots)
+    chosen = top_units(group_scores(scores, units), slots)
     return float((needed & chosen).sum() / needed.sum())
 
 
@@ -115,11 +112,9 @@ def _regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(products, wanted).float(), bias
 
 
-def _classification(
-    inputs: Tensor, norms: Tensor, units: int, slots: int
-) -> tuple[Tensor, Tensor]:
+def _classification(inputs: Tensor, norms: Tensor, units: int, slots: int) -> tuple[Tensor, Tensor]:
     """AdamW on binary cross-entropy, weighted y (1 - w) + w with w the share of positives."""
-    labels = top_units(unit_scores(norms, units), slots).float()
+    labels = top_units(group_scores(norms, units), slots).float()
     share = slots / units
     weights = labels * (1 - share) + share
     common = labels.mean(0).clamp(_RAREST, 1 - _RAREST).logit()
@@ -128,10 +123,10 @@ def _classification(
     optimizer = torch.optim.AdamW([weight, bias], lr=_RATE, weight_decay=_DECAY)
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(inputs), generator=generator) for _ in range(_EPOCHS)]
-    batches = [rows for order in orders for rows in order.split(_BATCH)]
+    batches = [rows for order in orders for rows in torch.split(order, _BATCH)]
     slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for rows in batches:
-        scores = unit_scores(inputs[rows] @ weight + bias, units)
+        scores = group_scores(inputs[rows] @ weight + bias, units)
         loss = functional.binary_cross_entropy_with_logits(scores, labels[rows], weights[rows])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

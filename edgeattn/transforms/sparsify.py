@@ -86,7 +86,8 @@ def train_routers(
 ) -> Routers:
     """Trains one router after the other as the dense model passes over a text.
 
-    The stream stays dense: SEQUENTIAL.
+    The stream stays dense: behind layers that are sparse already, as they will be, routers for 7 of
+    9 heads of SmolLM2-135M did no better (perplexity 26.01 instead of 25.98).
 
     Args:
         model: dense.
