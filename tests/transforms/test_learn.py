@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wrapped_weights import with_outlier_channels
 
-from edgeattn.calibration.windows import token_windows
+from edgeattn.calibration.windows import split_windows, token_windows
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, model_of
