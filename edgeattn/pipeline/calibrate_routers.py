@@ -141,12 +141,12 @@ def calibrate_routers(
         from edgeattn.transforms.routers_file import save_routers
 
         found, about = _windows(checkpoint, text.name, texts[text], windows, length)
+        # Before the long work: a text may be too short.
+        judged = [(file.name, _eval_windows(checkpoint, texts[file])) for file in eval_texts]
         dense = model_of(checkpoint)
         made_from = routers_made_from(checkpoint, request, about)
         routers = train_on_text(dense, request, found, work, made_from, clock)
-        losses = tuple(
-            _judge(dense, checkpoint, routers, file, texts[file], clock) for file in eval_texts
-        )
+        losses = tuple(_judge(dense, routers, *named, clock) for named in judged)
         clock.stop()
         save_routers(output, routers, made_from)
     layers = layer_densities(routers, dense.shape.num_layers)
@@ -280,19 +280,21 @@ def _windows(
     return found, {**about, "windows": found.shape[0], "length": found.shape[1]}
 
 
-def _judge(
-    model: Model, checkpoint: Checkpoint, routers: Routers, file: Path, text: str, clock: Clock
-) -> TextLoss:
+def _eval_windows(checkpoint: Checkpoint, text: str) -> Tensor:
     import torch
 
-    from edgeattn.verify.head_sparsity import by_routers, decoding_perplexity
     from edgeattn.verify.quality import eval_windows
 
-    tokenizer = checkpoint.text.get(layout.TOKENIZER)
     length = window_length(checkpoint.shape, None)
-    windows = torch.from_numpy(eval_windows(text, tokenizer, length=length))
-    clock.start(f"perplexity on {file.name}, all heads")
+    tokenizer = checkpoint.text.get(layout.TOKENIZER)
+    return torch.from_numpy(eval_windows(text, tokenizer, length=length))
+
+
+def _judge(model: Model, routers: Routers, text: str, windows: Tensor, clock: Clock) -> TextLoss:
+    from edgeattn.verify.head_sparsity import by_routers, decoding_perplexity
+
+    clock.start(f"{text}, all heads")
     dense = decoding_perplexity(model, windows, progress=clock.count)
-    clock.start(f"perplexity on {file.name}, with routers")
+    clock.start(f"{text}, with routers")
     sparse = decoding_perplexity(model, windows, by_routers(routers), progress=clock.count)
-    return TextLoss(file.name, dense, sparse)
+    return TextLoss(text, dense, sparse)

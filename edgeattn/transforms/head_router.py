@@ -89,7 +89,7 @@ def train_router(
         norms: of the heads' outputs, `[M, H]` fp32.
         units: H, or Hkv for KV groups.
         slots: units that will be active; a regression does not depend on them.
-        method: "regression" of log norms, or "classification" of the units with the longest
+        method: "regression" of log norms, or "classification" of the heads with the longest
             outputs, weighted as in Polar Sparsity.
     """
     mean = normed.mean(0)
@@ -98,7 +98,7 @@ def train_router(
     if method == "regression":
         weight, bias = _regression(inputs, norms.clamp_min(_SHORTEST).log())
     else:
-        weight, bias = _classification(inputs, norms, units, slots)
+        weight, bias = _classification(inputs, norms, slots * norms.shape[1] // units)
     weight = weight / spread.unsqueeze(1)
     return HeadRouter(weight, bias - mean @ weight)
 
@@ -112,13 +112,15 @@ def _regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(products, wanted).float(), bias
 
 
-def _classification(inputs: Tensor, norms: Tensor, units: int, slots: int) -> tuple[Tensor, Tensor]:
-    """AdamW on binary cross-entropy, weighted y (1 - w) + w with w the share of positives."""
-    labels = top_units(group_scores(norms, units), slots).float()
-    share = slots / units
+def _classification(inputs: Tensor, norms: Tensor, positives: int) -> tuple[Tensor, Tensor]:
+    """AdamW on binary cross-entropy, weighted y (1 - w) + w with w the share of positives.
+
+    Positive are the heads with the longest outputs, also where whole groups will be active.
+    """
+    labels = top_units(norms, positives).float()
+    share = positives / norms.shape[1]
     weights = labels * (1 - share) + share
-    common = labels.mean(0).clamp(_RAREST, 1 - _RAREST).logit()
-    bias = common.repeat_interleave(norms.shape[1] // units).requires_grad_()
+    bias = labels.mean(0).clamp(_RAREST, 1 - _RAREST).logit().requires_grad_()
     weight = torch.zeros(inputs.shape[1], norms.shape[1], requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=_RATE, weight_decay=_DECAY)
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +128,7 @@ def _classification(inputs: Tensor, norms: Tensor, units: int, slots: int) -> tu
     batches = [rows for order in orders for rows in torch.split(order, _BATCH)]
     slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for rows in batches:
-        scores = group_scores(inputs[rows] @ weight + bias, units)
+        scores = inputs[rows] @ weight + bias
         loss = functional.binary_cross_entropy_with_logits(scores, labels[rows], weights[rows])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
