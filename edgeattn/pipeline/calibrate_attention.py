@@ -17,7 +17,7 @@ from edgeattn.errors import BundleError, MissingDependencyError, UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
 from edgeattn.pipeline.transform import open_checked
-from edgeattn.pipeline.work import locked_work
+from edgeattn.pipeline.work import own_work
 from edgeattn.planner.polynomial import (
     Gain,
     attention_gain,
@@ -145,7 +145,7 @@ def calibrate_polynomial_heads(
     _check_output(path, force=force)
     length = _length(checkpoint.shape, request, text)
     at = _context(checkpoint.shape, context)
-    with locked_work(path) as work:
+    with own_work(path) as work:
         heads = _calibrate(checkpoint, request, replace(text, length=length), content, work, clock)
         image = _write(path, heads, clock)
     return _report(path, image, heads, checkpoint.shape, at, machine, clock.seconds)

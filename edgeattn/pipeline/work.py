@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeattn.errors import BundleError
-from edgeattn.quant.scheme import Scheme
 
 
 def work_folder(output: Path) -> Path:
@@ -20,26 +19,27 @@ def work_folder(output: Path) -> Path:
 
 
 @contextmanager
-def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
+def open_work(output: Path, *, needed: bool) -> Iterator[Path]:
     """The work folder for one run, which alone may use it.
 
-    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
-    and the error gets a note that says so. A scheme without calibration leaves it alone, whosever
-    it is.
+    Work that does not need it leaves it alone, whosever it is; see `own_work`.
 
     Raises:
         BundleError: another run is at work there.
     """
-    if not scheme.needs_calibration:
+    if not needed:
         yield work_folder(output)
         return
-    with locked_work(output) as folder:
+    with own_work(output) as folder:
         yield folder
 
 
 @contextmanager
-def locked_work(output: Path) -> Iterator[Path]:
-    """As `open_work`, for work that always needs the folder.
+def own_work(output: Path) -> Iterator[Path]:
+    """The work folder, for this run alone.
+
+    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
+    and the error gets a note that says so.
 
     Raises:
         BundleError: another run is at work there, or the folder cannot be made.
