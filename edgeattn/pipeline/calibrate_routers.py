@@ -104,12 +104,13 @@ def calibrate_routers(
     model: str | Path,
     request: HeadSparseRequest,
     text: Path,
-    output: Path,
+    output: Path | None = None,
     *,
     windows: int = CALIBRATION_WINDOWS,
     length: int | None = None,
     eval_texts: Sequence[Path] = (),
     offline: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> RoutersReport:
     """Trains routers on a text and writes them; the file appears whole or not at all.
@@ -120,11 +121,12 @@ def calibrate_routers(
         model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
         request: density and unit.
         text: a UTF-8 file, or a folder of them.
-        output: the file to write.
+        output: the file to write; None names it after the model.
         windows: of the text.
         length: tokens of each; None takes 512, or the model's context where that is shorter.
         eval_texts: on which the loss is measured, as `edgeattn eval` reads them.
         offline: take a hub id from the cache alone.
+        force: replace a file that is already there.
         progress: called with (stage, done, total).
 
     Raises:
