@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from edgeattn.attention import LayerAttention, layer_attention
+from edgeattn.attention import FftRope, LayerAttention, layer_attention
 from edgeattn.errors import CheckpointError
 
 
@@ -201,6 +201,12 @@ class ModelShape:
     def has_variants(self) -> bool:
         """Whether some layer's attention is no plain softmax."""
         return any(kind.attention is not None for kind in self.layer_kinds)
+
+    @property
+    def exact_keys(self) -> int:
+        """Keys of a row that its polynomial attention treats exactly; 0 for a model without."""
+        variants = (kind.attention for kind in self.layer_kinds)
+        return max((v.sink + v.window for v in variants if isinstance(v, FftRope)), default=0)
 
     @property
     def has_windows(self) -> bool:

@@ -14,9 +14,11 @@ def test_toml_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(
         'target = "jetson-orin@jetpack6.2"\nquant = "w4-rtn:group=128"\ncontext = 2048\n'
+        'attention = ["fft-rope:degree=1"]\n'
     )
     recipe = Recipe.from_dict(read_recipe(file))
-    assert recipe == Recipe("jetson-orin@jetpack6.2", "w4-rtn:group=128", context=2048)
+    asked = {"context": 2048, "attention": ("fft-rope:degree=1",)}
+    assert recipe == Recipe("jetson-orin@jetpack6.2", "w4-rtn:group=128", **asked)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
@@ -32,6 +34,10 @@ def test_toml_round_trip(tmp_path: Path) -> None:
         ({"target": "cpu", "context": "2048"}, "whole number"),
         ({"target": "cpu", "batch": True}, "whole number"),
         ({"target": 3}, "a text"),
+        ({"target": "cpu", "attention": "fft-rope"}, "a list of texts"),
+        ({"target": "cpu", "attention": [3]}, "a list of texts"),
+        ({"target": "cpu", "attention": ["fft-rop"]}, "did you mean fft-rope"),
+        ({"target": "cpu", "attention": ["fft-rope", "fft-rope"]}, "do not compose yet"),
     ],
 )
 def test_refusals(values: dict[str, object], part: str) -> None:

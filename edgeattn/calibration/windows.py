@@ -33,6 +33,7 @@ def token_windows(
     windows: int,
     length: int,
     vocab_size: int,
+    option: str = "--calibration-windows",
 ) -> Tensor:
     """Windows of consecutive tokens, one from the middle of each of equal stretches of the text.
 
@@ -44,6 +45,7 @@ def token_windows(
         windows: how many.
         length: tokens of each.
         vocab_size: rows of the embedding.
+        option: with which a user says how many windows.
 
     Returns:
         `[windows, length]` int64, in the order of the text.
@@ -63,7 +65,7 @@ def token_windows(
         raise RuntimeInputError(
             expected=f"a text of {windows} windows of {length} tokens",
             came=f"it has {len(ids)} tokens, enough for {len(ids) // length} windows",
-            todo=_fewer_windows(len(ids) // length),
+            todo=_fewer_windows(len(ids) // length, option),
         )
     _check_vocabulary(max(ids), vocab_size)
     starts = _spread(len(ids), windows, length)
@@ -85,9 +87,8 @@ def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
     return windows[~chosen], windows[chosen]
 
 
-def _fewer_windows(enough: int) -> str:
-    option = f" or --calibration-windows {enough}" if enough else ""
-    return f"pass a longer text{option}"
+def _fewer_windows(enough: int, option: str) -> str:
+    return f"pass a longer text{f' or {option} {enough}' if enough else ''}"
 
 
 def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:

@@ -75,6 +75,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, "utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file likewise."""
+    with _whole(path) as partial:
+        partial.write_bytes(content)
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A file to write, which takes the name `path` at the end, or is removed when that fails."""

@@ -20,6 +20,7 @@ from edgeattn.errors import EdgeattnError, unknown_name
 VERBS = {
     "export": "Turn a checkpoint into a proven bundle for a target.",
     "quantize": "Write a checkpoint, rotated and quantised, for other tools to check.",
+    "calibrate": "Measure on a text what an attention variant costs each head, and choose.",
     "verify": "Prove a bundle again: hashes, ONNX Runtime, TensorRT's parser and builder.",
     "run": "Let a bundle continue a text on this machine.",
     "eval": "Measure a bundle's perplexity on a text.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from edgeattn.pipeline.calibrate_routers import RoutersReport
+    from edgeattn.planner.polynomial_heads import Layer, PolynomialHeads
 
 
 def print_verification(verification: Mapping[str, Any], *, error_stream: bool = False) -> None:
@@ -80,3 +82,46 @@ def _tensorrt_line(report: Mapping[str, Any] | None) -> str:
             f"{seconds:.1f} s (not run on the device)"
         )
     return f"TensorRT-RTX for SM{report['sm']}: {report['status']}, {report['reason']}"
+
+
+def print_polynomial_heads(heads: PolynomialHeads) -> None:
+    """Prints what was measured of each layer's heads; single heads are in the file."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    degree = heads.degree - heads.degree % 2
+    table = Table(
+        box=box.SIMPLE,
+        title=f"medians over heads, errors of degree {degree}: fitted, and Taylor's",
+        caption="FFT is never cheaper than features for plain RoPE, whose scores factorise",
+    )
+    headings = ("layer", "heads", "degree", "std", "range", "sink", "near")
+    for heading in (*headings, "best", "median", "Taylor"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, layer in enumerate(heads.layers):
+        row = ["-", "exact"] if layer.skipped else _layer_row(layer, degree)
+        table.add_row(str(index), *row)
+    Console().print(table)
+    for reason in dict.fromkeys(layer.skipped for layer in heads.layers if layer.skipped):
+        skipped = [str(i) for i, layer in enumerate(heads.layers) if layer.skipped == reason]
+        click.echo(f"not measured: layer {', '.join(skipped)} ({reason})")
+
+
+def _layer_row(layer: Layer, degree: int) -> list[str]:
+    def median(name: str) -> float:
+        return statistics.median(float(getattr(head, name)) for head in layer.heads)
+
+    fitted, taylor = (
+        [head.error(degree, fitted=one) or 0.0 for head in layer.heads] for one in (True, False)
+    )
+    errors = (min(fitted), statistics.median(fitted), statistics.median(taylor))
+    return [
+        f"{layer.passed}/{len(layer.heads)}",
+        "exact" if layer.degree is None else str(layer.degree),
+        f"{median('spread'):.1f}",
+        f"{median('lowest'):.0f}…{median('highest'):.0f}",
+        f"{median('sink_mass'):.0%}",
+        f"{median('near_mass'):.0%}",
+        *(f"{error:.1%}" for error in errors),
+    ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.attention import FftRope, HeadSparse, LayerAttention
-from edgeattn.models.packed_keys import PackedKeys
+from edgeattn.models.packed_keys import PackedKeys, delayed, in_time
 from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.shape import ModelShape
 
@@ -89,12 +89,15 @@ def attend_variant(
     dtype = q.dtype
     if dtype == torch.float64:
         q, k, v = q.float(), k.float(), v.float()
-    q = keys.delayed(q)
+    # Row i of T is at position count - T + i to HeadSparseAttention; to FftRopeAttention at i where
+    # there are fewer keys than rows.
     if isinstance(attention, FftRope):
-        y = _fft_rope(attention, tables, q, k, v, keys.count)
+        delay = torch.minimum(keys.past, keys.padding)
+        y = _fft_rope(attention, tables, delayed(q, delay), k, v, keys.count)
     else:
-        y = _head_sparse(attention, tables, x, q, k, v, keys.count)
-    return keys.in_time(y).to(dtype)
+        delay = keys.padding
+        y = _head_sparse(attention, tables, x, delayed(q, delay), k, v, keys.count)
+    return in_time(y, delay).to(dtype)
 
 
 def _fft_rope(

@@ -23,30 +23,24 @@ class PackedKeys:
         source: for each place of the joined cache, its place in past and new keys one behind the
             other, `[B, S]`.
         count: valid keys of each row, `[B]` int32.
-        delay: `[B, 1]`, rows by which an operator that takes the last T of `count` positions for
-            the queries' has them later than the tensor: the padding behind them, as far as there
-            is a past.
+        past: valid keys of the past, `[B, 1]`.
+        padding: new tokens that are none, `[B, 1]`.
     """
 
     mask: Tensor
     source: Tensor
     count: Tensor
-    delay: Tensor
+    past: Tensor
+    padding: Tensor
 
     def join(self, past: Tensor, new: Tensor) -> Tensor:
         """Past `[B, Hkv, P, D]` and new `[B, Hkv, T, D]` keys or values, `[B, Hkv, S, D]`."""
         return take(torch.cat((past, new), dim=2), self.source)
 
-    def delayed(self, queries: Tensor) -> Tensor:
-        """`[B, H, T, D]` with each valid row where the operators expect it."""
-        rows = torch.arange(queries.shape[2], device=queries.device)
-        return take(queries, (rows - self.delay).clamp(min=0))
-
-    def in_time(self, y: Tensor) -> Tensor:
-        """The inverse of `delayed`, for valid rows."""
-        length = y.shape[2]
-        rows = torch.arange(length, device=y.device)
-        return take(y, (rows + self.delay).clamp(max=length - 1))
+    def expand(self, rows: int) -> PackedKeys:
+        """The same for so many rows, of keys for one."""
+        fields = (self.mask, self.source, self.count, self.past, self.padding)
+        return PackedKeys(*(x.expand(rows, *x.shape[1:]) for x in fields))
 
 
 def pack_keys(attention_mask: Tensor, query_len: int, window: int | None = None) -> PackedKeys:
@@ -63,7 +57,6 @@ def pack_keys(attention_mask: Tensor, query_len: int, window: int | None = None)
     new = attention_mask[:, past_len:].sum(1, keepdim=True)
     places = torch.arange(total, device=attention_mask.device)
     source = torch.where(places < past, places, places - past + past_len).clamp(max=total - 1)
-    delay = torch.minimum(past, query_len - new)
     own = past.unsqueeze(2) + places[:query_len].unsqueeze(1)  # [B, T, 1]
     visible = (places <= own) & (places < (past + new).unsqueeze(2))
     if window is not None:
@@ -71,7 +64,20 @@ def pack_keys(attention_mask: Tensor, query_len: int, window: int | None = None)
     # A row of padding sees a key, too: softmax of none is NaN in some runtimes and would spread.
     visible = visible | (places == own.clamp(max=total - 1))
     count = (past + new).squeeze(1).to(torch.int32)
-    return PackedKeys(visible.unsqueeze(1), source, count, delay)
+    return PackedKeys(visible.unsqueeze(1), source, count, past, query_len - new)
+
+
+def delayed(queries: Tensor, rows: Tensor) -> Tensor:
+    """`[B, H, T, D]`, each row `rows` `[B, 1]` places later, as operators expect valid ones."""
+    places = torch.arange(queries.shape[2], device=queries.device)
+    return take(queries, (places - rows).clamp(min=0))
+
+
+def in_time(y: Tensor, rows: Tensor) -> Tensor:
+    """The inverse of `delayed`, for valid rows."""
+    length = y.shape[2]
+    places = torch.arange(length, device=y.device)
+    return take(y, (places + rows).clamp(max=length - 1))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from edgeattn.models.attention import LayerInputs, RMSNorm, inverse_frequencies,
 from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
 from edgeattn.models.model import Model, load_layer, rounded
+from edgeattn.models.packed_keys import PackedKeys
 from edgeattn.shape import LayerKind, ModelShape
 
 # Windows that pass through a layer at once.
@@ -57,8 +59,10 @@ def final_hidden(
 def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs) -> None:
     """Passes `hidden` `[N, L, hidden]` through one layer, in place."""
     for rows in batches(hidden):
-        past = layer.self_attn.no_past(len(rows), rows.dtype)
-        rows.copy_(layer(rows, shared, past)[0])
+        past, inputs = layer.self_attn.no_past(len(rows), rows.dtype), shared
+        if isinstance(shared.keys, PackedKeys):  # whose operators do not broadcast
+            inputs = replace(shared, keys=shared.keys.expand(len(rows)))
+        rows.copy_(layer(rows, inputs, past)[0])
 
 
 class Head:

@@ -191,7 +191,7 @@ def export(
     with (
         rare_collections(),
         open_writer(output, force=force) as writer,
-        open_work(output, lowering.scheme) as work,
+        open_work(output, needed=recipe.needs_calibration) as work,
     ):
         checkpoint, fitted = open_checked(
             model,

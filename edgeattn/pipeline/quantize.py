@@ -124,7 +124,7 @@ def quantize_checkpoint(
     clock = Clock(progress)
     with (
         open_writer(output, force=force, kind=CHECKPOINT) as writer,
-        open_work(output, lowering.scheme) as work,
+        open_work(output, needed=recipe.needs_calibration) as work,
     ):
         checkpoint, _ = open_checked(
             model,

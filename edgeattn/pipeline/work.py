@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeattn.errors import BundleError
-from edgeattn.quant.scheme import Scheme
 
 
 def work_folder(output: Path) -> Path:
@@ -20,15 +19,15 @@ def work_folder(output: Path) -> Path:
 
 
 @contextmanager
-def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
+def open_work(output: Path, *, needed: bool) -> Iterator[Path]:
     """The work folder for one run, which alone may use it.
 
-    A scheme without calibration leaves it alone, whosever it is; see `own_work`.
+    Work that does not need it leaves it alone, whosever it is; see `own_work`.
 
     Raises:
         BundleError: another run is at work there.
     """
-    if not scheme.needs_calibration:
+    if not needed:
         yield work_folder(output)
         return
     with own_work(output) as folder:
@@ -43,12 +42,19 @@ def own_work(output: Path) -> Iterator[Path]:
     and the error gets a note that says so.
 
     Raises:
-        BundleError: another run is at work there.
+        BundleError: another run is at work there, or the folder cannot be made.
     """
     from edgeattn.calibration.work import LOCK, has_parts
 
     folder = work_folder(output)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BundleError(
+            expected=f"a folder {folder.parent} to write in",
+            came=f"the disk refused ({error.strerror})",
+            todo="choose another place with -o",
+        ) from error
     with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from edgeattn.attention import AttentionRequest, FftRopeRequest, parse_attention
+from edgeattn.attention import (
+    AttentionRequest,
+    FftRopeRequest,
+    HeadSparseRequest,
+    parse_attention,
+)
 from edgeattn.devices.registry import Target
 from edgeattn.devices.schema import GraphRules
 from edgeattn.errors import BundleError, LoweringError, UsageError
@@ -66,6 +71,11 @@ class Lowering:
     def packs_cache(self) -> bool:
         """Whether a row's keys lie at the front of the cache, without gaps."""
         return self.kv_cache != "concat"
+
+    @property
+    def is_sparse_in_decoding(self) -> bool:
+        """Whether a step of one token leaves out heads that a step of several has."""
+        return isinstance(self.request, HeadSparseRequest)
 
     @property
     def decides_at_run_time(self) -> bool:

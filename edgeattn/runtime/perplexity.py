@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Rows of logits turned to fp64 at once: 64 x 150 thousand entries are 77 MB.
 _ROWS = 64
+# Windows that are decoded side by side.
+_DECODED_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def perplexity(
     """Measures perplexity on consecutive windows of a text.
 
     The text after `skip_characters` is tokenised without special tokens and cut into windows; the
-    tokens 2 to `length` of each are predicted from those before them in the window. Open the
+    tokens 2 to `length` of each are predicted from those before them in the window. A bundle that
+    leaves out heads while decoding reads token by token, all others a window at once. Open the
     session with `exact=True` to measure the weights rather than ONNX Runtime's fast int8 mode.
 
     Args:
@@ -82,11 +85,16 @@ def perplexity(
         skip_characters=skip_characters,
     )
     started = time.perf_counter()
+    at_once = _DECODED_ROWS if session.is_sparse_in_decoding else 1
     total = 0.0
-    for done, row in enumerate(rows, start=1):
-        total += _negative_log_likelihood(session.run(row[None]).logits[0], row)
+    for first in range(0, windows, at_once):
+        some = rows[first : first + at_once]
+        if session.is_sparse_in_decoding:
+            total += _decoded_negative_log_likelihood(session, some)
+        else:
+            total += _negative_log_likelihood(session.run(some).logits[0], some[0])
         if progress:
-            progress(done, windows)
+            progress(first + len(some), windows)
     tokens = windows * (length - 1)
     nll = total / tokens
     return Evaluation(
@@ -145,6 +153,20 @@ def _negative_log_likelihood(logits: NDArray[np.float32], ids: NDArray[np.int64]
         rows -= highest[:, None]
         np.exp(rows, out=rows)
         parts.append(float((highest + np.log(rows.sum(axis=1)) - chosen).sum()))
+    return math.fsum(parts)
+
+
+def _decoded_negative_log_likelihood(session: Session, rows: NDArray[np.int64]) -> float:
+    """Sum over the tokens after the first of each row `[N, L]`, read one by one.
+
+    So that heads are left out as they are in generating: several tokens at once have all of them.
+    """
+    parts, state = [], None
+    for place in range(rows.shape[1] - 1):
+        step = session.run(rows[:, place : place + 1], state)
+        state = step.state
+        pairs = zip(step.logits, rows[:, place : place + 2], strict=True)
+        parts += [_negative_log_likelihood(logits, ids) for logits, ids in pairs]
     return math.fsum(parts)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from edgeattn.attention import HeadSparseRequest, parse_attention
 from edgeattn.bundle.bundle import CONFIG, GENERATION_CONFIG, Bundle
 from edgeattn.errors import BundleError, RuntimeInputError, unknown_name
 from edgeattn.runtime.onnxruntime_backend import Cache, OnnxRuntimeBackend
@@ -127,6 +128,12 @@ class Session:
     def last_logits_only(self) -> bool:
         """Whether a run yields the logits of the last position alone."""
         return self._bundle.manifest.lowering.get("logits") == "last"
+
+    @property
+    def is_sparse_in_decoding(self) -> bool:
+        """Whether a run of one token leaves out heads that a run of several has."""
+        variant = self._bundle.manifest.lowering.get("variant")
+        return bool(variant) and isinstance(parse_attention(str(variant)), HeadSparseRequest)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

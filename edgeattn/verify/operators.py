@@ -80,7 +80,9 @@ def _rows(tensor: Array) -> NDArray[np.float32]:
 def sample_operators(
     model_file: Path, lowering: Lowering, case: Case, *, every: bool = False
 ) -> list[Sample]:
-    """Runs the first step of a case in ONNX Runtime, and the reference on what nodes read there.
+    """Runs the first steps of a case in ONNX Runtime, and the reference on what nodes read there.
+
+    Of a prefill and of a step behind it, as operators may do different things in them.
 
     Args:
         model_file: the graph.
@@ -102,12 +104,14 @@ def sample_operators(
     }
     names = {name for _, inputs, outputs in chosen for name in (*inputs, *outputs)}
     backend = OrtBackend(model_file, lowering, expose=sorted(names - constants.keys()))
-    values = {**constants, **backend.step(case.steps[0], None)}
-    samples = []
-    for node, inputs, outputs in chosen:
-        given = tuple(np.array(values[name]) for name in inputs)
-        made = tuple(np.array(values[name]) for name in outputs)
-        samples.append(_sample(node, given, made))
+    samples, output = [], None
+    for step in case.steps[:2]:
+        output = backend.step(step, output)
+        values = {**constants, **output}
+        for node, inputs, outputs in chosen:
+            given = tuple(np.array(values[name]) for name in inputs)
+            made = tuple(np.array(values[name]) for name in outputs)
+            samples.append(_sample(node, given, made))
     return samples
 
 

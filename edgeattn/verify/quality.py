@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from edgeattn.errors import BundleError, ProofError, RuntimeInputError, UsageErr
 from edgeattn.planner.lowering import Lowering
 from edgeattn.runtime.perplexity import consecutive_windows
 from edgeattn.verify.cases import StepInputs
+from edgeattn.verify.fallbacks import Fallbacks
 from edgeattn.verify.ort_backend import OrtBackend
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Rows of logits turned to fp64 at once: 64 x 150 thousand entries are 77 MB, some four times.
 _ROWS = 64
+# Windows that are decoded at once: their logits are 200 MB each for 100 thousand ids.
+_DECODED_ROWS = 4
 # exp of more overflows fp64; a model that bad needs no digits.
 _HIGHEST_NLL = 700.0
 
@@ -43,6 +46,8 @@ class Quality:
         windows: stretches of text that were read, each from an empty cache.
         length: tokens of each.
         tokens: tokens that were predicted: windows x (length - 1).
+        fallback_share: of the rows of heads with a polynomial, those that were computed exactly;
+            None without such heads.
     """
 
     perplexity: float
@@ -53,6 +58,7 @@ class Quality:
     windows: int
     length: int
     tokens: int
+    fallback_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -103,8 +109,10 @@ def measure_quality(
 ) -> Quality:
     """Compares an exported graph with the fp32 model on the next token of every place of a text.
 
-    The fp32 model passes layer by layer, then both sides' logits are made window by window: memory
-    is the graph's, and about a layer, the residual stream of all windows and two windows of logits.
+    The fp32 model passes layer by layer, then both sides' logits are made a few windows at a time:
+    memory is the graph's, and about a layer, the residual stream of all windows and the logits of
+    those few. A graph that leaves out heads while decoding reads token by token, as it is dense
+    where it gets several.
 
     Args:
         model: the checkpoint's, untransformed.
@@ -128,13 +136,18 @@ def measure_quality(
     total = layers + len(ids)
     count = None if progress is None else lambda done, _: progress(done, total)
     hidden = final_hidden(model, torch.from_numpy(ids), progress=count)
-    head, backend = Head(model), OrtBackend(model_file, lowering)
+    head, fallbacks = Head(model), Fallbacks.of(model_file)
+    backend = OrtBackend(model_file, lowering, expose=fallbacks.outputs)
+    at_once, step = (_DECODED_ROWS, 1) if lowering.is_sparse_in_decoding else (1, ids.shape[1])
     found = []
-    for done, (window, stream) in enumerate(zip(ids, hidden, strict=True), start=1):
-        found.append(_compare(head.logits(stream[:-1]), _graph_logits(backend, window), window))
-        if progress:
-            progress(layers + done, total)
-    return _quality(found, ids)
+    for first in range(0, len(ids), at_once):
+        rows = ids[first : first + at_once]
+        logits = _graph_logits(backend, rows, step, fallbacks)
+        for window, stream, ours in zip(rows, hidden[first : first + at_once], logits, strict=True):
+            found.append(_compare(head.logits(stream[:-1]), ours, window))
+            if progress:
+                progress(layers + len(found), total)
+    return replace(_quality(found, ids), fallback_share=fallbacks.share)
 
 
 def check_budget(quality: Quality, max_increase: float) -> None:
@@ -214,13 +227,30 @@ def _compare(
     return _Sums(float(sums[0]), float(sums[1]), float(sums[2]), int(sums[3]))
 
 
-def _graph_logits(backend: OrtBackend, ids: NDArray[np.int64]) -> NDArray[np.float16 | np.float32]:
-    """Logits of the graph `[L - 1, V]` that predict the tokens of a window after its first."""
-    row = ids[None, :]
-    places = np.arange(len(ids), dtype=np.int64)[None, :]
-    logits = backend.step(StepInputs(row, np.ones_like(row), places), None)["logits"]
-    assert isinstance(logits, np.ndarray)
-    predicting: NDArray[np.float16 | np.float32] = logits[0, :-1]
+def _graph_logits(
+    backend: OrtBackend, ids: NDArray[np.int64], step: int, fallbacks: Fallbacks
+) -> NDArray[np.float16 | np.float32]:
+    """Logits of the graph that predict the tokens of windows after their first.
+
+    Args:
+        backend: the graph.
+        ids: windows, `[N, L]`.
+        step: tokens that are read at once.
+        fallbacks: to count them.
+
+    Returns:
+        `[N, L - 1, V]`.
+    """
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+    output: Mapping[str, object] | None = None
+    parts = []
+    for first in range(0, ids.shape[1], step):
+        new = slice(first, first + step)
+        mask = np.ones_like(ids[:, : first + step])
+        output = backend.step(StepInputs(ids[:, new], mask, places[:, new]), output)
+        parts.append(np.array(output["logits"]))
+        fallbacks.add(output, ids[:, new].size)
+    predicting: NDArray[np.float16 | np.float32] = np.concatenate(parts, axis=1)[:, :-1]
     if not np.isfinite(predicting).all():
         raise ProofError(
             expected="finite logits from the exported graph",

@@ -28,7 +28,7 @@ from edgeattn.recipe import Recipe
 from edgeattn.transforms.calibrate import quantize_on_text
 from edgeattn.transforms.fuse import fuse_projections
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
-from edgeattn.verify.cases import build_cases
+from edgeattn.verify.cases import PREFILL_TOKENS, build_cases
 from edgeattn.verify.operators import (
     Sample,
     _sample,
@@ -88,14 +88,15 @@ def wrong_body(file: Path) -> Path:
 def test_every_node_is_sampled_and_right(exported: tuple[Model, Lowering, Path]) -> None:
     model, lowering, file = exported
     samples = samples_of(exported)
-    assert len(samples) == model.shape.num_layers
+    assert len(samples) == 2 * model.shape.num_layers  # in a prefill and in a step behind it
+    assert {sample.inputs[0].shape[1] for sample in samples} == {PREFILL_TOKENS, 1}
     for sample in samples:
         assert (sample.op, sample.dtype) == ("HadamardTransform", lowering.dtype)
         assert sample.inputs[0].shape[-1] == model.shape.intermediate_size
         assert all(row.passed for row in sample.compare(sample.found))
     assert first_wrong_operator(samples) is None
     case = build_cases(model.shape.vocab_size, model.shape.max_context)[0]
-    assert len(sample_operators(file, lowering, case)) == 1
+    assert len(sample_operators(file, lowering, case)) == 2
 
 
 def test_a_wrong_node_is_named(exported: tuple[Model, Lowering, Path]) -> None:
@@ -118,7 +119,7 @@ def test_a_proof_keeps_samples(exported: tuple[Model, Lowering, Path], tmp_path)
     arguments = (model, lowering, file, tmp_path / "golden.npz")
     verification = prove(*arguments, tokens=None, operators_file=kept)
     assert "operators alone" in verification.agreements[0].worst_per_group()
-    (sample,) = load_samples(kept)
+    sample, _ = load_samples(kept)
     (first, *_) = samples_of(exported)
     assert (sample.node, sample.attributes) == (first.node, first.attributes)
     for ours, theirs in zip(sample.inputs, first.inputs, strict=True):

@@ -1,0 +1,298 @@
+"""`calibrate --attention fft-rope`: which heads of a checkpoint may take polynomials."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn import __version__
+from edgeattn.attention import FftRopeRequest
+from edgeattn.bundle import bundle as layout
+from edgeattn.devices.registry import Target, parse_target
+from edgeattn.errors import BundleError, MissingDependencyError, UsageError
+from edgeattn.pipeline.clock import Clock, Progress
+from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
+from edgeattn.pipeline.transform import open_checked
+from edgeattn.pipeline.work import own_work
+from edgeattn.planner.polynomial import (
+    Gain,
+    attention_gain,
+    crossover,
+    machine_of,
+    speed_crossover,
+)
+from edgeattn.planner.polynomial_heads import KIND, SCHEMA_VERSION, PolynomialHeads
+from edgeattn.shape import ModelShape
+from edgeattn.text_file import read_text
+
+if TYPE_CHECKING:
+    from edgeattn.models.checkpoint import Checkpoint
+
+# Tokens of a window, where the model's context is as long; and how many windows.
+LENGTH, WINDOWS = 2048, 8
+
+
+@dataclass(frozen=True)
+class PolynomialReport:
+    """What `calibrate_polynomial_heads` found.
+
+    Attributes:
+        path: the file it wrote.
+        image: the heat map beside it; None without matplotlib.
+        heads: what the file holds.
+        context: length of a prompt that figures of cost are for.
+        target: they are for; None for FLOPs alone.
+        gain: what the chosen heads buy there; above 1 is cheaper than exact attention.
+        flops_crossover: context from which a degree takes fewer FLOPs than exact attention.
+        speed_crossover: the same of the target's roofline; empty without.
+        seconds: wall time by stage.
+    """
+
+    path: Path
+    image: Path | None
+    heads: PolynomialHeads
+    context: int
+    target: str | None
+    gain: Gain
+    flops_crossover: Mapping[int, float]
+    speed_crossover: Mapping[int, int]
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; single heads are in the file."""
+        heads, measured = self.heads, sum(len(layer.heads) for layer in self.heads.layers)
+        return {
+            "path": str(self.path),
+            "image": None if self.image is None else str(self.image),
+            "tolerance": heads.tolerance,
+            "heads": measured,
+            "passed": heads.passed,
+            "share": heads.passed / measured if measured else 0.0,
+            "layers": [
+                {"layer": i, "degree": layer.degree, "passed": layer.passed, "of": len(layer.heads)}
+                for i, layer in enumerate(heads.layers)
+            ],
+            "context": self.context,
+            "target": self.target,
+            "gain": asdict(self.gain),
+            "flops_crossover": {str(k): round(v) for k, v in self.flops_crossover.items()},
+            "speed_crossover": {str(k): v for k, v in self.speed_crossover.items()},
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that is run through the model.
+
+    Attributes:
+        file: plain text, or a folder of such.
+        length: tokens of a window; None takes 2048, or the model's context where it is shorter.
+        windows: how many, half of them to fit and half to judge by.
+    """
+
+    file: Path
+    length: int | None = None
+    windows: int = WINDOWS
+
+
+def calibrate_polynomial_heads(
+    model: str | Path,
+    request: FftRopeRequest,
+    text: CalibrationText,
+    output: Path | None = None,
+    *,
+    target: str | None = None,
+    context: int | None = None,
+    offline: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PolynomialReport:
+    """Measures all heads of a checkpoint on a text and writes which take polynomials.
+
+    Args:
+        model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
+        request: first keys, window, degree and tolerance.
+        text: what is run through the model.
+        output: the JSON file to write, its heat map beside it; None names it after the model.
+        target: whose roofline says what the heads buy.
+        context: length of the prompt this is said for; None is the model's own.
+        offline: take a hub id from the cache alone.
+        force: replace a file that is already there.
+        progress: called with (stage, done, total).
+
+    Raises:
+        EdgeattnError: a refusal. Nothing half-written stays; finished layers wait beside the
+            output, and the error notes where.
+    """
+    _require_torch()
+    if request.heads is not None:
+        raise UsageError(
+            expected="an attention to calibrate",
+            came="heads=FILE names what was calibrated before",
+            todo="leave it out",
+        )
+    content, machine = read_text(text.file), None if target is None else parse_target(target)
+    if output is not None:
+        _check_output(output, force=force)
+    clock = Clock(progress)
+    checkpoint, _ = open_checked(model, lambda outline: None, clock, offline=offline)
+    path = output or Path(f"{checkpoint.name}-fft-rope.json")
+    _check_output(path, force=force)
+    length = _length(checkpoint.shape, request, text)
+    at = _context(checkpoint.shape, context)
+    with own_work(path) as work:
+        heads = _calibrate(checkpoint, request, replace(text, length=length), content, work, clock)
+        image = _write(path, heads, clock)
+    return _report(path, image, heads, checkpoint.shape, at, machine, clock.seconds)
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    request: FftRopeRequest,
+    text: CalibrationText,
+    content: str,
+    work: Path,
+    clock: Clock,
+) -> PolynomialHeads:
+    from edgeattn.calibration.windows import text_sha256, token_windows
+    from edgeattn.calibration.work import WorkFolder
+    from edgeattn.models.model import model_of
+    from edgeattn.transforms.polynomial import calibrate_polynomials
+
+    assert text.length is not None
+    windows = token_windows(
+        content,
+        checkpoint.text.get(layout.TOKENIZER),
+        windows=text.windows,
+        length=text.length,
+        vocab_size=checkpoint.shape.vocab_size,
+        option="--windows",
+    )
+    about = {
+        "edgeattn": __version__,
+        "checkpoint": checkpoint.identity["fingerprint"],
+        "text": text.file.name,
+        "text_sha256": text_sha256(content),
+        "length": text.length,
+        "sink": request.sink,
+        "window": request.window,
+        "degree": request.degree,
+        "tolerance": request.tolerance,
+    }
+    folder = WorkFolder(work, {**about, "windows": text.windows})
+    model = model_of(checkpoint)
+    model = replace(model, shape=model.shape.within(model.shape.max_context))
+    clock.start("measuring heads layer by layer")
+    layers = calibrate_polynomials(model, windows, request, folder, progress=clock.count)
+    return PolynomialHeads(
+        kind=KIND,
+        schema_version=SCHEMA_VERSION,
+        model=checkpoint.name,
+        fitted_windows=(text.windows + 1) // 2,
+        held_out_windows=text.windows // 2,
+        layers=tuple(layers),
+        **about,
+    )
+
+
+def _write(path: Path, heads: PolynomialHeads, clock: Clock) -> Path | None:
+    """The JSON file and, with matplotlib, the heat map; each appears whole or not at all."""
+    from edgeattn.calibration.work import write_bytes, write_text
+
+    image = None
+    if HAS_MATPLOTLIB:
+        clock.start("drawing")
+        image = path.with_suffix(".png")
+        write_bytes(image, heat_map(heads))
+    write_text(path, heads.model_dump_json(indent=1) + "\n")
+    clock.stop()
+    return image
+
+
+def _report(
+    path: Path,
+    image: Path | None,
+    heads: PolynomialHeads,
+    shape: ModelShape,
+    context: int,
+    target: Target | None,
+    seconds: Mapping[str, float],
+) -> PolynomialReport:
+    machine, near = None if target is None else machine_of(target), heads.sink + heads.window
+    chosen = {
+        index: (layer.degree, layer.passed)
+        for index, layer in enumerate(heads.layers)
+        if layer.degree is not None
+    }
+    degrees = sorted({degree for degree, _ in chosen.values()})
+    width = shape.head_dim
+    return PolynomialReport(
+        path,
+        image,
+        heads,
+        context,
+        None if target is None else target.name,
+        attention_gain(shape, chosen, near, context, machine),
+        {degree: crossover(width, width, degree) for degree in degrees},
+        {degree: speed_crossover(shape, degree, near, machine) for degree in degrees}
+        if machine is not None
+        else {},
+        seconds,
+    )
+
+
+def _length(shape: ModelShape, request: FftRopeRequest, text: CalibrationText) -> int:
+    from edgeattn.calibration.far_sums import FIRST_ROW
+
+    length = min(LENGTH, shape.max_context) if text.length is None else text.length
+    least = max(FIRST_ROW, request.sink + request.window) + 1
+    if not least <= length <= shape.max_context:
+        raise UsageError(
+            expected=f"windows of {least} to {shape.max_context} tokens, which have far keys and "
+            "which the model knows",
+            came=f"the length is {length}",
+            todo="pass another --length, or a smaller sink and window",
+        )
+    return length
+
+
+def _context(shape: ModelShape, context: int | None) -> int:
+    found = shape.max_context if context is None else context
+    if not 1 <= found <= shape.max_context:
+        raise UsageError(
+            expected=f"a context of 1 to {shape.max_context} tokens, which the model knows",
+            came=f"--context is {found}",
+            todo="pass another one",
+        )
+    return found
+
+
+def _check_output(path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        raise BundleError(
+            expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
+        )
+    if not Path(os.path.abspath(path)).parent.is_dir():
+        raise BundleError(
+            expected=f"a folder for {path}", came="there is none", todo="make it first"
+        )
+    if path.exists() and not force:
+        raise BundleError(
+            expected=f"no file at {path}",
+            came="there is one",
+            todo="pass --force to replace it, or choose another with -o",
+        )
+
+
+def _require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            expected="torch, which calibrating needs",
+            came="it cannot be imported",
+            todo="pip install 'edgeattn[export]'",
+        )
