@@ -161,19 +161,14 @@ def routers_made_from(
     """What routers depend on, JSON-ready.
 
     Args:
-        checkpoint: with its fingerprint.
+        checkpoint: what the routers are for.
         request: what is asked for.
         about: text and windows.
     """
-    from edgeattn.transforms.routers_file import asked_for
+    from edgeattn.transforms.routers_file import asked_for, checkpoint_digest
 
-    fingerprint = checkpoint.identity["fingerprint"]
-    return {
-        "edgeattn": __version__,
-        "checkpoint": fingerprint,
-        **asked_for(request),
-        **about,
-    }
+    made_from = {"edgeattn": __version__, "checkpoint": checkpoint_digest(checkpoint)}
+    return {**made_from, **asked_for(request), **about}
 
 
 def train_on_text(
@@ -209,8 +204,9 @@ def train_on_text(
         slots = {int(layer): count for layer, count in json.loads(noted.read_text()).items()}
     else:
         slots = layer_slots(model, request, windows, progress=clock.staged("measuring layers"))
-        folder.begin()
-        write_text(noted, json.dumps(slots))
+        if request.layers == "importance":  # which took a while
+            folder.begin()
+            write_text(noted, json.dumps(slots))
     finished: dict[int, RoutedLayer] = {}
     for file in work.glob("router-*.safetensors"):
         part, _ = load_routers(file, model.shape, made_from["checkpoint"], request)
@@ -218,6 +214,7 @@ def train_on_text(
 
     def keep(layer: int, routed: RoutedLayer) -> None:
         alone = Routers({layer: routed}, units=0, groups=False)
+        folder.begin()
         save_routers(work / f"router-{layer}.safetensors", alone, made_from)
 
     clock.start("training routers")

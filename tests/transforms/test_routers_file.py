@@ -194,8 +194,8 @@ def test_damage_is_refused_or_harmless(path: Path, shape: ModelShape, data: st.D
     damaged.write_bytes(content[:end])
     try:
         found, _ = load_routers(damaged, shape, "c0ffee", REQUEST)
-    except UsageError as error:
-        assert str(damaged) in str(error)
+    except UsageError:
+        refused(damaged, shape, re.escape(str(damaged)))
         return
     for routed in found.layers.values():
         assert routed.router.weight.shape == (64, 4)

@@ -126,7 +126,7 @@ def test_routers_lose_less_than_heads_that_are_always_on(
     with_routers = decoding_perplexity(stories, judged, by_routers(routers))
     always = decoding_perplexity(stories, judged, by_routers(replace(routers, layers=constant)))
     oracle = decoding_perplexity(stories, judged, by_oracle(slots, 8))
-    assert decoding_perplexity(stories, judged) < oracle < with_routers < 0.97 * always
+    assert decoding_perplexity(stories, judged) < oracle < with_routers < 0.99 * always
 
 
 @torch.inference_mode()
