@@ -19,9 +19,10 @@ from edgeattn.attention import HeadSparseRequest, parse_attention
 from edgeattn.cli.tables import print_routers
 from edgeattn.errors import BundleError, EdgeattnError, LoweringError, RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.models.model import checkpoint_digest
 from edgeattn.pipeline.calibrate_routers import RoutersReport, TextLoss, calibrate_routers
 from edgeattn.transforms import sparsify as module
-from edgeattn.transforms.routers_file import checkpoint_digest, load_routers
+from edgeattn.transforms.routers_file import load_routers
 
 Calibrate = Callable[..., RoutersReport]
 
@@ -191,6 +192,6 @@ def test_a_text_too_short_to_judge_by_is_refused_before_training(
 def test_a_file_that_is_there_is_not_replaced(calibrate: Calibrate, tmp_path: Path) -> None:
     path = tmp_path / "routers.safetensors"
     path.write_text("weights")
-    with pytest.raises(BundleError, match="there is one: remove it"):
+    with pytest.raises(BundleError, match="there is one: pass --force"):
         calibrate()
     assert path.read_text() == "weights"

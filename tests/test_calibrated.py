@@ -286,7 +286,7 @@ def test_a_scheme_without_calibration_leaves_the_work_of_others_alone(
 
 
 def test_two_runs_do_not_share_a_work_folder(tmp_path: Path) -> None:
-    scheme, output = parse_scheme("w8a8"), tmp_path / "bundle"
+    output = tmp_path / "bundle"
     with open_work(output, needed=True) as work:
         with (
             pytest.raises(BundleError, match=r"another run .* choose another folder with -o"),

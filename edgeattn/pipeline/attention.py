@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.attention import FftRopeRequest, HeadSparseRequest
-from edgeattn.errors import LoweringError
+from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
@@ -31,14 +31,20 @@ def require_attention(recipe: Recipe) -> None:
         from edgeattn.planner.polynomial_heads import read_polynomial_heads
 
         read_polynomial_heads(Path(request.heads))
-    if isinstance(request, HeadSparseRequest) and request.routers is not None:
-        if recipe.scheme.rotation != "none":
-            raise LoweringError(
-                expected="routers that were trained on the residual stream they will read",
-                came=f"scheme {recipe.scheme.label} rotates it, after routers={request.routers} "
-                "were trained",
-                todo="leave out routers=: they are then trained on the rotated model",
-            )
+    if not isinstance(request, HeadSparseRequest) or request.routers is None:
+        return
+    if recipe.scheme.rotation != "none":
+        raise LoweringError(
+            expected="routers that were trained on the residual stream they will read",
+            came=f"scheme {recipe.scheme.label} rotates it after {request.routers} was made",
+            todo="leave out routers=: they are then trained on the rotated model",
+        )
+    if not Path(request.routers).is_file():
+        raise UsageError(
+            expected=f"a file {request.routers}",
+            came="there is none",
+            todo="pass routers that `edgeattn calibrate` made for this model",
+        )
 
 
 def with_attention(
@@ -82,13 +88,14 @@ def _fft_rope(
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.models.model import checkpoint_digest
     from edgeattn.pipeline.calibrate_attention import CalibrationText, calibrated_heads, cost_notes
     from edgeattn.planner.polynomial_heads import check_fits, read_polynomial_heads
     from edgeattn.transforms.polynomial import with_polynomials
 
     if request.heads is not None:
         heads = read_polynomial_heads(Path(request.heads))
-        check_fits(heads, checkpoint.shape, checkpoint.identity["fingerprint"])
+        check_fits(heads, checkpoint.shape, checkpoint_digest(checkpoint))
     else:
         assert recipe.calibration is not None
         text = CalibrationText(Path(recipe.calibration))
@@ -108,6 +115,7 @@ def _head_sparse(
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.models.model import checkpoint_digest
     from edgeattn.pipeline.calibrate_routers import (
         layer_densities,
         routers_made_from,
@@ -119,7 +127,7 @@ def _head_sparse(
 
     if request.routers is not None:
         routers, made_from = load_routers(
-            Path(request.routers), model.shape, checkpoint.identity["fingerprint"], request
+            Path(request.routers), model.shape, checkpoint_digest(checkpoint), request
         )
         about = {"trained on": str(made_from.get("text", "an unknown text"))}
     else:

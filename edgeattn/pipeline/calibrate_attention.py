@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,11 +11,11 @@ from edgeattn import __version__
 from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import BundleError, MissingDependencyError, UsageError
+from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
-from edgeattn.pipeline.transform import open_checked
-from edgeattn.pipeline.work import own_work
+from edgeattn.pipeline.transform import open_checked, require_torch
+from edgeattn.pipeline.work import own_work, require_output
 from edgeattn.planner.polynomial import (
     Gain,
     attention_gain,
@@ -130,7 +128,7 @@ def calibrate_polynomial_heads(
         EdgeattnError: a refusal. Nothing half-written stays; finished layers wait beside the
             output, and the error notes where.
     """
-    _require_torch()
+    require_torch("calibrating")
     if request.heads is not None:
         raise UsageError(
             expected="an attention to calibrate",
@@ -140,11 +138,11 @@ def calibrate_polynomial_heads(
     read_text(text.file)
     machine = None if target is None else parse_target(target)
     if output is not None:
-        _check_output(output, force=force)
+        require_output(output, force=force)
     clock = Clock(progress)
     checkpoint, _ = open_checked(model, lambda outline: None, clock, offline=offline)
     path = output or Path(f"{checkpoint.name}-fft-rope.json")
-    _check_output(path, force=force)
+    require_output(path, force=force)
     _length(checkpoint.shape, request, text)
     at = _context(checkpoint.shape, context)
     from edgeattn.models.model import model_of
@@ -182,6 +180,7 @@ def calibrated_heads(
     """
     from edgeattn.calibration.windows import text_sha256, token_windows
     from edgeattn.calibration.work import WorkFolder
+    from edgeattn.models.model import checkpoint_digest
     from edgeattn.transforms.polynomial import calibrate_polynomials
 
     content, length = read_text(text.file), _length(model.shape, request, text)
@@ -193,9 +192,9 @@ def calibrated_heads(
         vocab_size=checkpoint.shape.vocab_size,
         option="--windows",
     )
-    about = {
+    about: dict[str, Any] = {
         "edgeattn": __version__,
-        "checkpoint": checkpoint.identity["fingerprint"],
+        "checkpoint": checkpoint_digest(checkpoint),
         "text": text.file.name,
         "text_sha256": text_sha256(content),
         "length": length,
@@ -310,29 +309,3 @@ def _context(shape: ModelShape, context: int | None) -> int:
             todo="pass another one",
         )
     return found
-
-
-def _check_output(path: Path, *, force: bool) -> None:
-    if path.is_dir():
-        raise BundleError(
-            expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
-        )
-    if not Path(os.path.abspath(path)).parent.is_dir():
-        raise BundleError(
-            expected=f"a folder for {path}", came="there is none", todo="make it first"
-        )
-    if path.exists() and not force:
-        raise BundleError(
-            expected=f"no file at {path}",
-            came="there is one",
-            todo="pass --force to replace it, or choose another with -o",
-        )
-
-
-def _require_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            expected="torch, which calibrating needs",
-            came="it cannot be imported",
-            todo="pip install 'edgeattn[export]'",
-        )

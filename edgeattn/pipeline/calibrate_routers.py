@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from edgeattn import __version__
 from edgeattn.attention import HeadSparseRequest
 from edgeattn.bundle import bundle as layout
-from edgeattn.errors import BundleError, UsageError
+from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
-from edgeattn.pipeline.transform import open_checked
-from edgeattn.pipeline.work import own_work
+from edgeattn.pipeline.transform import open_checked, require_torch
+from edgeattn.pipeline.work import own_work, require_output
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import check_request
 from edgeattn.recipe import CALIBRATION_WINDOWS
@@ -132,16 +132,21 @@ def calibrate_routers(
     Raises:
         EdgeattnError: a refusal; layers that are finished wait beside the output.
     """
-    _check(request, output)
+    require_torch("calibrating")
+    _check(request)
     texts = {file: read_text(file) for file in (text, *eval_texts)}
+    if output is not None:
+        require_output(output, force=force)
     clock = Clock(progress)
-    with own_work(output) as work:
-        checkpoint, _ = open_checked(
-            model, lambda outline: check_request(request, outline.shape), clock, offline=offline
-        )
-        from edgeattn.models.model import model_of
-        from edgeattn.transforms.routers_file import save_routers
+    checkpoint, _ = open_checked(
+        model, lambda outline: check_request(request, outline.shape), clock, offline=offline
+    )
+    path = output or Path(f"{checkpoint.name}-head-sparse.safetensors")
+    require_output(path, force=force)
+    from edgeattn.models.model import model_of
+    from edgeattn.transforms.routers_file import save_routers
 
+    with own_work(path) as work:
         found, about = _windows(checkpoint, text.name, texts[text], windows, length)
         # Before the long work: a text may be too short.
         judged = [(file.name, _eval_windows(checkpoint, texts[file])) for file in eval_texts]
@@ -150,9 +155,9 @@ def calibrate_routers(
         routers = train_on_text(dense, request, found, work, made_from, clock)
         losses = tuple(_judge(dense, routers, *named, clock) for named in judged)
         clock.stop()
-        save_routers(output, routers, made_from)
+        save_routers(path, routers, made_from)
     layers = layer_densities(routers, dense.shape.num_layers)
-    return RoutersReport(output, request.label, layers, losses, clock.seconds)
+    return RoutersReport(path, request.label, layers, losses, clock.seconds)
 
 
 def routers_made_from(
@@ -165,7 +170,8 @@ def routers_made_from(
         request: what is asked for.
         about: text and windows.
     """
-    from edgeattn.transforms.routers_file import asked_for, checkpoint_digest
+    from edgeattn.models.model import checkpoint_digest
+    from edgeattn.transforms.routers_file import asked_for
 
     made_from = {"edgeattn": __version__, "checkpoint": checkpoint_digest(checkpoint)}
     return {**made_from, **asked_for(request), **about}
@@ -240,18 +246,12 @@ def layer_densities(routers: Routers, num_layers: int) -> tuple[LayerDensity, ..
     return tuple(found)
 
 
-def _check(request: HeadSparseRequest, output: Path) -> None:
+def _check(request: HeadSparseRequest) -> None:
     if request.routers is not None:
         raise UsageError(
             expected="a density alone, to train routers for",
             came=f"routers={request.routers} names some that are there",
             todo="leave out routers=",
-        )
-    if output.exists():
-        raise BundleError(
-            expected=f"no file at {output}, where the routers are to be written",
-            came="there is one",
-            todo="remove it, or choose another name with -o",
         )
 
 

@@ -262,3 +262,20 @@ def require_export_extra() -> None:
             came=f"{', '.join(missing)} cannot be imported",
             todo="pip install 'edgeattn[export,ort]'",
         )
+
+
+def require_torch(what: str) -> None:
+    """Refuses to start without torch.
+
+    Args:
+        what: needs it, as a noun.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            expected=f"torch, which {what} needs",
+            came="it cannot be imported",
+            todo="pip install 'edgeattn[export]'",
+        )

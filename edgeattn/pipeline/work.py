@@ -75,3 +75,25 @@ def own_work(output: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_output(path: Path, *, force: bool) -> None:
+    """Refuses a file to write that would be lost, or cannot be made, before any work.
+
+    Raises:
+        BundleError: it is there, or a folder is, or the folder for it is not.
+    """
+    if path.is_dir():
+        raise BundleError(
+            expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
+        )
+    if not Path(os.path.abspath(path)).parent.is_dir():
+        raise BundleError(
+            expected=f"a folder for {path}", came="there is none", todo="make it first"
+        )
+    if path.exists() and not force:
+        raise BundleError(
+            expected=f"no file at {path}",
+            came="there is one",
+            todo="pass --force to replace it, or choose another with -o",
+        )

@@ -229,7 +229,7 @@ def golden_bytes(shape: ModelShape, lowering: Lowering) -> int:
 
 
 def _more_tokens(lowering: Lowering) -> int:
-    """Tokens that the proof of an attention variant runs besides: beyond exact keys, more ragged."""
+    """Tokens that the proof of an attention variant runs besides."""
     request = lowering.request
     if request is None:
         return 0

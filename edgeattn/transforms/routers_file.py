@@ -6,7 +6,6 @@ metadata's "routers" is JSON: "version", "made_from", and "layers" with slots an
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,6 @@ from torch import Tensor
 from edgeattn.attention import HeadSparseRequest
 from edgeattn.calibration.work import write_tensors
 from edgeattn.errors import UsageError
-from edgeattn.models.checkpoint import Checkpoint
-from edgeattn.models.model import model_of
 from edgeattn.shape import ModelShape
 from edgeattn.transforms.head_density import num_units
 from edgeattn.transforms.head_router import HeadRouter
@@ -34,21 +31,6 @@ _ADVICE = "pass routers that `edgeattn calibrate` made for this model and this -
 def asked_for(request: HeadSparseRequest) -> dict[str, str]:
     """What routers depend on of a request, JSON-ready."""
     return {"density": str(request.density), "unit": request.unit, "layers": request.layers}
-
-
-def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 that tells a checkpoint from others of the same architecture.
-
-    Its fingerprint is over config and headers, which fine-tuned models share; the first query's
-    weights of each layer are added, for they would be read by the same routers.
-    """
-    digest = hashlib.sha256(str(checkpoint.identity["fingerprint"]).encode())
-    weights = model_of(checkpoint).weights
-    for index in range(checkpoint.shape.num_layers):
-        weight = weights.read(f"layers.{index}.self_attn.q_proj.weight")
-        assert isinstance(weight, Tensor)
-        digest.update(weight[0].float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_routers(path: Path, routers: Routers, made_from: Mapping[str, Any]) -> None:
