@@ -286,21 +286,21 @@ def test_a_scheme_without_calibration_leaves_the_work_of_others_alone(
 
 
 def test_two_runs_do_not_share_a_work_folder(tmp_path: Path) -> None:
-    scheme, output = parse_scheme("w8a8"), tmp_path / "bundle"
-    with open_work(output, scheme) as work:
+    output = tmp_path / "bundle"
+    with open_work(output, needed=True) as work:
         with (
             pytest.raises(BundleError, match=r"another run .* choose another folder with -o"),
-            open_work(output, scheme),
+            open_work(output, needed=True),
         ):
             pass
         assert work.is_dir()
-        with open_work(tmp_path / "other", scheme), open_work(output, parse_scheme("w8-rtn")):
+        with open_work(tmp_path / "other", needed=True), open_work(output, needed=False):
             pass
     assert left_behind(tmp_path) == []
     work.mkdir()
     with (work / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    with open_work(output, scheme):  # of a run that is dead
+    with open_work(output, needed=True):  # of a run that is dead
         pass
     assert left_behind(tmp_path) == []
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # A word or sign unknown here and there is usual; a text in a foreign script is unknown throughout.
 _MOST_UNKNOWN = 0.1
+# Of how many windows one is held out, and how many at most.
+_HELD_SHARE, _MOST_HELD = 8, 8
 
 
 def text_sha256(text: str) -> str:
@@ -68,6 +70,21 @@ def token_windows(
     _check_vocabulary(max(ids), vocab_size)
     starts = _spread(len(ids), windows, length)
     return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
+
+
+def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows to learn from and windows to judge by, the latter spread over the text."""
+    count = len(windows)
+    if count < 2:
+        raise UsageError(
+            expected="at least 2 windows of calibration text, one of them to judge by",
+            came=f"there is {count}" if count else "there is none",
+            todo="take more windows or a longer text",
+        )
+    held = min(max(1, count // _HELD_SHARE), _MOST_HELD)
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[[(2 * i + 1) * count // (2 * held) for i in range(held)]] = True
+    return windows[~chosen], windows[chosen]
 
 
 def _fewer_windows(enough: int, option: str) -> str:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgeattn.attention import FftRopeRequest
+    from edgeattn.attention import FftRopeRequest, HeadSparseRequest
     from edgeattn.pipeline.calibrate_attention import PolynomialReport
 
 _EPILOG = """\b
 Examples:
   edgeattn calibrate ./SmolLM2-135M --attention fft-rope --text emma.txt --length 2048
-  edgeattn calibrate model.gguf --attention fft-rope:window=128,tolerance=10% --text emma.txt \\
+  edgeattn calibrate model.gguf --attention fft-rope:window=128 --tolerance 10% --text emma.txt \\
       --target jetson-orin --context 8192 -o heads.json
+  edgeattn calibrate ./SmolLM2-135M --attention head-sparse:density=7/9 --text emma.txt \\
+      --eval-text persuasion.txt --eval-text mails.txt -o routers.safetensors
 """
 
 
@@ -28,38 +30,61 @@ Examples:
 @click.option(
     "--text", required=True, metavar="FILE|DIR", type=click.Path(path_type=Path), help="UTF-8 text."
 )
-@click.option("--length", type=int, help="Tokens of a window [2048, or the model's context].")
+@click.option("--length", type=int, help="Tokens of a window [fft-rope 2048, head-sparse 512].")
+@click.option("--windows", type=int, help="Stretches of the text [fft-rope 8, head-sparse 64].")
+@click.option("--tolerance", metavar="5%", help="fft-rope: largest error of a head's output.")
+@click.option("--target", metavar="NAME", help="fft-rope: say what it buys there, too.")
+@click.option("--context", type=int, help="fft-rope: tokens this is said for [the model's].")
 @click.option(
-    "--windows", default=8, show_default=True, help="Stretches of text; half of them judge."
+    "--eval-text",
+    "eval_texts",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="head-sparse: measure the loss on it; may be given again.",
 )
-@click.option("--target", metavar="NAME", help="Say what it buys on this target, too.")
-@click.option("--context", type=int, help="Tokens of the prompt that is said for [the model's].")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write [MODEL-VARIANT.json], with a heat map beside it.",
+    help="File to write [MODEL-VARIANT.json or .safetensors].",
 )
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace a file that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-def command(model: str, attention: str, as_json: bool, **options: Any) -> None:
-    """Measure on a text what an attention variant costs each head of MODEL, and choose.
+def command(model: str, attention: str, tolerance: str | None, **options: Any) -> None:
+    """Measure on a text what an attention variant costs MODEL, and prepare it.
 
-    The file that is written is what `edgeattn export --attention NAME:heads=FILE` takes. Work that
-    was stopped goes on where it was when the same command runs again.
+    For fft-rope: which heads take which polynomials, in a file for `edgeattn export --attention
+    fft-rope:heads=FILE`, with a heat map beside it. For head-sparse: routers, in a file for
+    `--attention head-sparse:density=D,routers=FILE`. Work that was stopped goes on where it was
+    when the same command runs again.
     """
     from edgeattn.attention import FftRopeRequest, parse_attention
+
+    if tolerance is not None:
+        attention += f"{',' if ':' in attention else ':'}tolerance={tolerance}"
+    request = parse_attention(attention)
+    if isinstance(request, FftRopeRequest):
+        _refuse(request.name, options, "eval_texts")
+        _fft_rope(model, request, **options)
+    else:
+        _refuse(request.name, options, "target", "context")
+        _head_sparse(model, request, **options)
+
+
+def _refuse(name: str, options: dict[str, Any], *others: str) -> None:
+    """Takes the options of other variants away, which may not be given."""
     from edgeattn.errors import UsageError
 
-    request = parse_attention(attention)
-    if not isinstance(request, FftRopeRequest):
-        raise UsageError(
-            expected="an attention variant that this verb calibrates",
-            came=f"{request.name} is none",
-            todo="pass --attention fft-rope",
-        )
-    _fft_rope(model, request, as_json=as_json, **options)
+    for key in others:
+        if options.pop(key) not in (None, ()):
+            option = f"--{key.removesuffix('s').replace('_', '-')}"
+            raise UsageError(
+                expected=f"options that {name} has",
+                came=f"{option} was given, which it has not",
+                todo="leave it out",
+            )
 
 
 def _fft_rope(
@@ -68,20 +93,46 @@ def _fft_rope(
     *,
     text: Path,
     length: int | None,
-    windows: int,
+    windows: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     from edgeattn.cli.progress import show_progress
-    from edgeattn.pipeline.calibrate_attention import CalibrationText, calibrate_polynomial_heads
+    from edgeattn.pipeline.calibrate_attention import (
+        WINDOWS,
+        CalibrationText,
+        calibrate_polynomial_heads,
+    )
 
-    source = CalibrationText(text, length, windows)
+    source = CalibrationText(text, length, WINDOWS if windows is None else windows)
     with show_progress() as progress:
         report = calibrate_polynomial_heads(model, request, source, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _show_polynomials(report)
+
+
+def _head_sparse(
+    model: str,
+    request: HeadSparseRequest,
+    *,
+    windows: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from edgeattn.cli.progress import show_progress
+    from edgeattn.cli.tables import print_routers
+    from edgeattn.pipeline.calibrate_routers import calibrate_routers
+    from edgeattn.recipe import CALIBRATION_WINDOWS
+
+    count = CALIBRATION_WINDOWS if windows is None else windows
+    with show_progress() as progress:
+        report = calibrate_routers(model, request, windows=count, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_routers(report)
 
 
 def _show_polynomials(report: PolynomialReport) -> None:

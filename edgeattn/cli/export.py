@@ -22,6 +22,8 @@ Examples:
   edgeattn export model.gguf --target jetson-orin@jetpack6.2 --quant w4-rtn -o ./bundle
   edgeattn export HuggingFaceTB/SmolLM2-135M@main --target cpu --quant w4-rtn:group=32
   edgeattn export ./SmolLM2-135M --target l4 --quant w4a16-spinquant --calibration novel.txt
+  edgeattn export ./SmolLM2-135M --target jetson-orin --attention head-sparse:density=0.75 \\
+      --calibration novel.txt
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
@@ -33,11 +35,17 @@ Examples:
 @click.option(
     "--quant", metavar="NAME[:k=v,…]", help="Scheme, such as w4a16-spinquant; see README."
 )
+@click.option(
+    "--attention",
+    multiple=True,
+    metavar="NAME[:k=v,…]",
+    help="Attention variant: fft-rope or head-sparse:density=D; see README.",
+)
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Default: what the target prefers.")
 @click.option("--context", type=int, help="Longest sequence in tokens.")
 @click.option("--batch", type=int, help="Most rows at once.")
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
-@click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
+@click.option("--calibration", metavar="FILE|DIR", help="Text for what is calibrated.")
 @click.option(
     "--calibration-windows",
     type=int,
@@ -89,7 +97,7 @@ def command(
     from edgeattn.recipe import Recipe, read_recipe
 
     asked = read_recipe(recipe_file) if recipe_file else {}
-    asked.update({key: value for key, value in flags.items() if value is not None})
+    asked.update({key: value for key, value in flags.items() if value not in (None, ())})
     recipe = Recipe.from_dict(asked)
     place = output or default_output(model, recipe)
     if dry_run:
@@ -177,6 +185,11 @@ def _show_report(report: ExportReport) -> None:
             f"{found.reference_perplexity:.2f}; KL {found.kl:.3f} nats, same most likely token "
             f"{found.top1_agreement:.1%} of {found.tokens} times"
         )
+        if found.fallback_share is not None:
+            click.echo(
+                f"{found.fallback_share:.2%} of the rows of heads with a polynomial fell back to "
+                "exact attention"
+            )
     click.echo(f"report: {report.path / 'report' / 'index.html'}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from edgeattn.pipeline.calibrate_routers import RoutersReport
     from edgeattn.planner.polynomial_heads import Layer, PolynomialHeads
 
 
@@ -44,6 +45,30 @@ def print_verification(verification: Mapping[str, Any], *, error_stream: bool = 
         if agreement["first_bad"]:
             console.print(f"the first error is in {agreement['first_bad']}")
     click.echo(_tensorrt_line(verification["tensorrt"]), err=error_stream)
+
+
+def print_routers(report: RoutersReport) -> None:
+    """Prints what each layer does, and what that costs on each text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in ("layer", "active", "density", "recall"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        recall = "dense" if layer.recall is None else f"{layer.recall:.1%}"
+        table.add_row(str(layer.layer), str(layer.slots), f"{layer.density:.1%}", recall)
+    Console().print(table)
+    for text in report.texts:
+        click.echo(
+            f"{text.text}: perplexity {text.sparse:.3f}, with all heads {text.dense:.3f} "
+            f"({text.increase:+.2%})"
+        )
+    if report.worst is not None and len(report.texts) > 1:
+        click.echo(f"the worst text is {report.worst.text}")
+    seconds = sum(report.seconds.values())
+    click.echo(f"{report.path}: routers for {report.attention} ({seconds:.1f} s)")
 
 
 def _tensorrt_line(report: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,6 +75,22 @@ class _CheckpointWeights:
 def model_of(checkpoint: Checkpoint) -> Model:
     """The model as the checkpoint holds it; a NaN or infinite weight is refused when read."""
     return Model(checkpoint.shape, _CheckpointWeights(checkpoint))
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 that tells a checkpoint from others of the same architecture.
+
+    Its fingerprint is over config and headers, which fine-tuned models share, and what is measured
+    on one of them would fit the shape of the others; the weights of each layer's first query are
+    added.
+    """
+    digest = hashlib.sha256(str(checkpoint.identity["fingerprint"]).encode())
+    weights = model_of(checkpoint).weights
+    for index in range(checkpoint.shape.num_layers):
+        weight = weights.read(f"layers.{index}.self_attn.q_proj.weight")
+        assert isinstance(weight, Tensor)
+        digest.update(weight[0].float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def rounded(name: str, value: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:

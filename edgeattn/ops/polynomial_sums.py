@@ -116,9 +116,61 @@ def multinomial(multiset: Sequence[int]) -> int:
 
 
 def monomials(x: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:
-    """Π_l x_l^m_l of every multiset, `[..., D]` -> `[..., F]`."""
-    one = torch.ones_like(x[..., 0])
-    return torch.stack([math.prod((x[..., item] for item in m), start=one) for m in sets], dim=-1)
+    """Π_l x_l^m_l of every multiset, `[..., T, D]` -> `[..., T, F]`."""
+    # Coordinates as rows, which are copied whole; one of ones behind them, for smaller multisets.
+    ones = torch.ones_like(x[..., :1])
+    rows = torch.cat((x, ones), dim=-1).mT
+    degree, last = max(len(m) for m in sets), x.shape[-1]
+    index = torch.tensor([[*m, *[last] * (degree - len(m))] for m in sets], device=x.device)
+    found = torch.ones_like(rows[..., :1, :]).expand(*rows.shape[:-2], len(sets), -1)
+    for column in index.unbind(-1):
+        found = found * rows.index_select(-2, column)
+    return found.mT
+
+
+@dataclass(frozen=True)
+class Features:
+    """Products of coordinates, by the number of factors.
+
+    Attributes:
+        sets: multisets of each order, from none to the degree.
+        counts: in how many orders each can be written.
+    """
+
+    sets: tuple[tuple[tuple[int, ...], ...], ...]
+    counts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, width: int, degree: int, like: Tensor) -> Features:
+        """All up to a degree, their counts on the device and in the dtype of `like`.
+
+        Raises:
+            RuntimeInputError: too many features.
+        """
+        found = multisets(width, degree)
+        sets = tuple(tuple(m for m in found if len(m) == r) for r in range(degree + 1))
+        counts = tuple(like.new_tensor([[multinomial(m)] for m in of_order]) for of_order in sets)
+        return cls(sets, counts)
+
+    def sums(self, k: Tensor, u: Tensor) -> list[Tensor]:
+        """Σ_j Π_l k_jl^m_l u_j of every multiset, `[..., F_r, N]` for each order r."""
+        return [monomials(k, sets).mT @ u for sets in self.sets]
+
+    def weighed(self, q: Tensor, coefficients: Tensor, sums: Sequence[Tensor]) -> Tensor:
+        """The polynomial of every row of sums, `[..., T, N]`.
+
+        Args:
+            q: `[..., T, D]`.
+            coefficients: `[..., T or 1, g + 1]`.
+            sums: of all orders.
+        """
+        parts = (
+            coefficients[..., r, None] * (monomials(q, sets) @ (counts * of_order))
+            for r, (sets, counts, of_order) in enumerate(
+                zip(self.sets, self.counts, sums, strict=True)
+            )
+        )
+        return sum(parts, torch.zeros_like(q[..., :1]))
 
 
 def factorised(
@@ -130,9 +182,11 @@ def factorised(
     causal: bool,
     lag: int = 0,
     toeplitz: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int = 1024,
 ) -> Tensor:
     """The sums by features: one state, chunks that carry theirs, or one product with T per feature.
+
+    Within a chunk the score matrix is cheaper.
 
     Args:
         q: `[..., T, D]`, scaled.
@@ -151,30 +205,37 @@ def factorised(
     Raises:
         RuntimeInputError: too many features.
     """
-    sets = multisets(q.shape[-1], coefficients.shape[-1] - 1)
-    orders = torch.tensor([len(m) for m in sets])
-    counts = torch.tensor([multinomial(m) for m in sets], dtype=q.dtype)
-    left = monomials(q, sets) * coefficients[..., orders] * counts
-    right = monomials(k, sets)
+    features = Features.of(q.shape[-1], coefficients.shape[-1] - 1, q)
     if toeplitz is not None:
         matrix = toeplitz_matrix(toeplitz, k.shape[-2])
         if causal:
             matrix = matrix.tril(-lag)
-        return sum(
-            (left[..., f, None] * (matrix @ (right[..., f, None] * u)) for f in range(len(sets))),
-            torch.zeros_like(left[..., :1]),
-        )
+        return _by_feature(features, q, k, u, coefficients, matrix)
     if not causal:
-        return left @ (right.mT @ u)
-    state = right.new_zeros(*right.shape[:-2], len(sets), u.shape[-1])
-    right, u = (_behind(x, lag) for x in (right, u))
-    rows = []
-    for a, b, values in zip(
-        *(torch.split(x, chunk, dim=-2) for x in (left, right, u)), strict=True
-    ):
-        rows.append(a @ state + (a @ b.mT).tril() @ values)
-        state = state + b.mT @ values
+        return features.weighed(q, coefficients, features.sums(k, u))
+    coefficients = coefficients.expand(*coefficients.shape[:-2], q.shape[-2], -1)
+    parts = [torch.split(x, chunk, dim=-2) for x in (q, _behind(k, lag), _behind(u, lag))]
+    state, rows = None, []
+    for a, b, values, series in zip(*parts, torch.split(coefficients, chunk, dim=-2), strict=True):
+        weights = horner(series.unsqueeze(-2), a @ b.mT).tril()
+        found = weights @ values
+        rows.append(found if state is None else found + features.weighed(a, series, state))
+        added = features.sums(b, values)
+        state = added if state is None else [x + y for x, y in zip(state, added, strict=True)]
     return torch.cat(rows, dim=-2)
+
+
+def _by_feature(
+    features: Features, q: Tensor, k: Tensor, u: Tensor, coefficients: Tensor, matrix: Tensor
+) -> Tensor:
+    """The sums with a further factor T, `[..., T, S]`."""
+    result = torch.zeros_like(q[..., :1])
+    for r, (sets, counts) in enumerate(zip(features.sets, features.counts, strict=True)):
+        left = monomials(q, sets) * counts.mT * coefficients[..., r, None]
+        right = monomials(k, sets)
+        for f in range(len(sets)):
+            result = result + left[..., f, None] * (matrix @ (right[..., f, None] * u))
+    return result
 
 
 def _behind(rows: Tensor, lag: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,11 +11,11 @@ from edgeattn import __version__
 from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import BundleError, MissingDependencyError, UsageError
+from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
-from edgeattn.pipeline.transform import open_checked
-from edgeattn.pipeline.work import locked_work
+from edgeattn.pipeline.transform import open_checked, require_torch
+from edgeattn.pipeline.work import own_work, require_output
 from edgeattn.planner.polynomial import (
     Gain,
     attention_gain,
@@ -31,6 +29,7 @@ from edgeattn.text_file import read_text
 
 if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.model import Model
 
 # Tokens of a window, where the model's context is as long; and how many windows.
 LENGTH, WINDOWS = 2048, 8
@@ -129,64 +128,82 @@ def calibrate_polynomial_heads(
         EdgeattnError: a refusal. Nothing half-written stays; finished layers wait beside the
             output, and the error notes where.
     """
-    _require_torch()
+    require_torch("calibrating")
     if request.heads is not None:
         raise UsageError(
             expected="an attention to calibrate",
             came="heads=FILE names what was calibrated before",
             todo="leave it out",
         )
-    content, machine = read_text(text.file), None if target is None else parse_target(target)
+    read_text(text.file)
+    machine = None if target is None else parse_target(target)
     if output is not None:
-        _check_output(output, force=force)
+        require_output(output, force=force)
     clock = Clock(progress)
     checkpoint, _ = open_checked(model, lambda outline: None, clock, offline=offline)
     path = output or Path(f"{checkpoint.name}-fft-rope.json")
-    _check_output(path, force=force)
-    length = _length(checkpoint.shape, request, text)
+    require_output(path, force=force)
+    _length(checkpoint.shape, request, text)
     at = _context(checkpoint.shape, context)
-    with locked_work(path) as work:
-        heads = _calibrate(checkpoint, request, replace(text, length=length), content, work, clock)
+    from edgeattn.models.model import model_of
+
+    plain = model_of(checkpoint)
+    plain = replace(plain, shape=plain.shape.within(plain.shape.max_context))
+    with own_work(path) as work:
+        heads = calibrated_heads(checkpoint, plain, request, text, {}, work, clock)
         image = _write(path, heads, clock)
     return _report(path, image, heads, checkpoint.shape, at, machine, clock.seconds)
 
 
-def _calibrate(
+def calibrated_heads(
     checkpoint: Checkpoint,
+    model: Model,
     request: FftRopeRequest,
     text: CalibrationText,
-    content: str,
+    made_from: Mapping[str, Any],
     work: Path,
     clock: Clock,
 ) -> PolynomialHeads:
+    """Measures the heads of a model on a text and chooses among their polynomials.
+
+    Args:
+        checkpoint: the model's, for tokenizer and fingerprint.
+        model: with softmax attention, perhaps quantised.
+        request: first keys, window, degree and tolerance.
+        text: what is run through the model.
+        made_from: JSON-ready values of what else the result depends on.
+        work: folder of unfinished work.
+        clock: for the stage and its progress.
+
+    Raises:
+        EdgeattnError: the text does not fit, or the model takes no polynomials.
+    """
     from edgeattn.calibration.windows import text_sha256, token_windows
     from edgeattn.calibration.work import WorkFolder
-    from edgeattn.models.model import model_of
+    from edgeattn.models.model import checkpoint_digest
     from edgeattn.transforms.polynomial import calibrate_polynomials
 
-    assert text.length is not None
+    content, length = read_text(text.file), _length(model.shape, request, text)
     windows = token_windows(
         content,
         checkpoint.text.get(layout.TOKENIZER),
         windows=text.windows,
-        length=text.length,
+        length=length,
         vocab_size=checkpoint.shape.vocab_size,
         option="--windows",
     )
-    about = {
+    about: dict[str, Any] = {
         "edgeattn": __version__,
-        "checkpoint": checkpoint.identity["fingerprint"],
+        "checkpoint": checkpoint_digest(checkpoint),
         "text": text.file.name,
         "text_sha256": text_sha256(content),
-        "length": text.length,
+        "length": length,
         "sink": request.sink,
         "window": request.window,
         "degree": request.degree,
         "tolerance": request.tolerance,
     }
-    folder = WorkFolder(work, {**about, "windows": text.windows})
-    model = model_of(checkpoint)
-    model = replace(model, shape=model.shape.within(model.shape.max_context))
+    folder = WorkFolder(work, {**about, **made_from, "windows": text.windows})
     clock.start("measuring heads layer by layer")
     layers = calibrate_polynomials(model, windows, request, folder, progress=clock.count)
     return PolynomialHeads(
@@ -224,11 +241,7 @@ def _report(
     seconds: Mapping[str, float],
 ) -> PolynomialReport:
     machine, near = None if target is None else machine_of(target), heads.sink + heads.window
-    chosen = {
-        index: (layer.degree, layer.passed)
-        for index, layer in enumerate(heads.layers)
-        if layer.degree is not None
-    }
+    chosen = _chosen(heads)
     degrees = sorted({degree for degree, _ in chosen.values()})
     width = shape.head_dim
     return PolynomialReport(
@@ -261,6 +274,32 @@ def _length(shape: ModelShape, request: FftRopeRequest, text: CalibrationText) -
     return length
 
 
+def cost_notes(heads: PolynomialHeads, shape: ModelShape, context: int) -> dict[str, Any]:
+    """What a report says of chosen heads: how many, and whether they pay at a context."""
+    gain = attention_gain(shape, _chosen(heads), heads.sink + heads.window, context, None)
+    measured = sum(len(layer.heads) for layer in heads.layers)
+    share = heads.passed / measured if measured else 0.0
+    notes: dict[str, Any] = {
+        "passed": f"{heads.passed} of {measured} heads ({share:.1%}) within {heads.tolerance:.1%}",
+        "calibrated on": heads.text,
+        "FLOPs of attention": f"{1 / gain.flops:.2f} times those of exact attention, for a prompt "
+        f"of {context:,} tokens",
+    }
+    for degree in sorted({degree for degree, _ in _chosen(heads).values()}):
+        tokens = crossover(shape.head_dim, shape.head_dim, degree)
+        notes[f"degree {degree}"] = f"takes fewer FLOPs from {tokens:,.0f} tokens on"
+    return notes
+
+
+def _chosen(heads: PolynomialHeads) -> dict[int, tuple[int, int]]:
+    """Degree and number of the heads with a polynomial, by layer."""
+    return {
+        index: (layer.degree, layer.passed)
+        for index, layer in enumerate(heads.layers)
+        if layer.degree is not None
+    }
+
+
 def _context(shape: ModelShape, context: int | None) -> int:
     found = shape.max_context if context is None else context
     if not 1 <= found <= shape.max_context:
@@ -270,29 +309,3 @@ def _context(shape: ModelShape, context: int | None) -> int:
             todo="pass another one",
         )
     return found
-
-
-def _check_output(path: Path, *, force: bool) -> None:
-    if path.is_dir():
-        raise BundleError(
-            expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
-        )
-    if not Path(os.path.abspath(path)).parent.is_dir():
-        raise BundleError(
-            expected=f"a folder for {path}", came="there is none", todo="make it first"
-        )
-    if path.exists() and not force:
-        raise BundleError(
-            expected=f"no file at {path}",
-            came="there is one",
-            todo="pass --force to replace it, or choose another with -o",
-        )
-
-
-def _require_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            expected="torch, which calibrating needs",
-            came="it cannot be imported",
-            todo="pip install 'edgeattn[export]'",
-        )

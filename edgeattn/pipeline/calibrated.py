@@ -14,6 +14,7 @@ from torch import Tensor
 from edgeattn.bundle.bundle import ROTATIONS
 from edgeattn.calibration.sensitivity import Trial, choose_kept, measure_sensitivity
 from edgeattn.calibration.store import LayerStore
+from edgeattn.calibration.windows import split_windows
 from edgeattn.calibration.work import WorkFolder
 from edgeattn.models.model import Model
 from edgeattn.models.stream import Head, final_hidden
@@ -200,8 +201,6 @@ class CalibratedQuantizer:
         refitting repair much of what such a network suffers from, so that the better rotations
         there need not be the better ones here.
         """
-        from edgeattn.transforms.learn import split_windows
-
         plain = replace(self, scheme=replace(self.scheme, rotation="hadamard"))
         hadamard = plain._rotations(model, None)
         learned = self._rotations(model, None)

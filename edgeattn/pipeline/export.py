@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 
 EVAL_WINDOWS, EVAL_LENGTH = 12, 512
+# What the name of a folder should not hold.
+_NO_NAME = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def default_output(model: str | Path, recipe: Recipe) -> Path:
     if target.software.name != target.device.software.default:
         parts.append(target.software.name)
     parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
+    request = recipe.attention_request
+    parts += [] if request is None else [_NO_NAME.sub("-", request.label)]
     parts += [recipe.dtype] if recipe.dtype else []
     return Path("-".join(parts))
 
@@ -191,7 +196,7 @@ def export(
     with (
         rare_collections(),
         open_writer(output, force=force) as writer,
-        open_work(output, lowering.scheme) as work,
+        open_work(output, needed=recipe.needs_calibration) as work,
     ):
         checkpoint, fitted = open_checked(
             model,

@@ -6,7 +6,6 @@ that plain transformers computes with the numbers that a bundle's graph computes
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -20,9 +19,15 @@ from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, Kind, open_writer
 from edgeattn.devices.registry import parse_target
-from edgeattn.errors import BundleError, LoweringError, MissingDependencyError
+from edgeattn.errors import BundleError, LoweringError
 from edgeattn.pipeline.clock import Clock, Progress
-from edgeattn.pipeline.transform import Transformed, open_checked, require_inputs, transform
+from edgeattn.pipeline.transform import (
+    Transformed,
+    open_checked,
+    require_inputs,
+    require_torch,
+    transform,
+)
 from edgeattn.pipeline.work import open_work
 from edgeattn.planner.calibration import work_bytes
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
@@ -120,11 +125,11 @@ def quantize_checkpoint(
     """
     lowering = _lowering(recipe)
     require_inputs(recipe)
-    _require_torch()
+    require_torch("quantising")
     clock = Clock(progress)
     with (
         open_writer(output, force=force, kind=CHECKPOINT) as writer,
-        open_work(output, lowering.scheme) as work,
+        open_work(output, needed=recipe.needs_calibration) as work,
     ):
         checkpoint, _ = open_checked(
             model,
@@ -152,15 +157,6 @@ def _lowering(recipe: Recipe) -> Lowering:
     lowering = plan_lowering(plain, parse_target(_TARGET))
     dtype: Any = recipe.dtype or "fp32"
     return replace(lowering, dtype=dtype, attention="standard", kv_cache="concat")
-
-
-def _require_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            expected="torch, which quantising needs",
-            came="it cannot be imported",
-            todo="pip install 'edgeattn[export]'",
-        )
 
 
 def _check(recipe: Recipe, lowering: Lowering, shape: ModelShape, output: Path) -> None:

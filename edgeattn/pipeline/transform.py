@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
+from edgeattn.pipeline.attention import require_attention, with_attention
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
@@ -84,9 +85,10 @@ def require_inputs(recipe: Recipe) -> None:
             came="--logits last keeps those of the last one",
             todo="leave out --eval-text or --logits last",
         )
-    if recipe.scheme.needs_calibration and recipe.calibration is None:
+    require_attention(recipe)
+    if recipe.needs_calibration and recipe.calibration is None:
         raise UsageError(
-            expected=f"a text that scheme {recipe.scheme.name} can be calibrated on",
+            expected=f"a text that {_calibrated(recipe)} can be calibrated on",
             came="none was given",
             todo="pass --calibration FILE, plain text of the kind the model will read "
             f"({recipe.calibration_windows} windows of {CALIBRATION_LENGTH} tokens)",
@@ -97,10 +99,18 @@ def require_inputs(recipe: Recipe) -> None:
             came=f"scheme {recipe.scheme.label} does not",
             todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
         )
-    calibration = recipe.calibration if recipe.scheme.needs_calibration else None
+    calibration = recipe.calibration if recipe.needs_calibration else None
     for text in (calibration, recipe.eval_text):
         if text is not None:
             read_text(Path(text))
+
+
+def _calibrated(recipe: Recipe) -> str:
+    """What of a recipe is calibrated, scheme or attention variant."""
+    if recipe.scheme.needs_calibration:
+        return f"scheme {recipe.scheme.name}"
+    assert recipe.attention_request is not None
+    return recipe.attention_request.label
 
 
 def transform(
@@ -133,6 +143,8 @@ def transform(
         model = quantize(model, scheme, scale_dtype=scale_dtype)
     if scheme.weight_bits:
         notes = {**_quantized_before(checkpoint), **notes}
+    model, about = with_attention(checkpoint, model, recipe, lowering, work, clock)
+    notes = {**notes, **about}
     if lowering.attention == "group-query":
         model = fuse_projections(model)
         if not model.shape.fused:
@@ -249,4 +261,21 @@ def require_export_extra() -> None:
             expected="the packages that export needs",
             came=f"{', '.join(missing)} cannot be imported",
             todo="pip install 'edgeattn[export,ort]'",
+        )
+
+
+def require_torch(what: str) -> None:
+    """Refuses to start without torch.
+
+    Args:
+        what: needs it, as a noun.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            expected=f"torch, which {what} needs",
+            came="it cannot be imported",
+            todo="pip install 'edgeattn[export]'",
         )

@@ -104,10 +104,12 @@ def _golden_of(
         return Golden.load(file)
     from edgeattn.models.hub import open_model
 
-    if lowering.scheme.needs_calibration:
+    recipe = Recipe.from_dict(bundle.manifest.recipe)
+    if recipe.needs_calibration:
+        chosen = lowering.scheme.label if lowering.scheme.needs_calibration else lowering.variant
         raise UsageError(
             expected="a bundle whose weights follow from the checkpoint alone",
-            came=f"scheme {lowering.scheme.label} chose them on a calibration text",
+            came=f"{chosen} chose some on a calibration text",
             todo="verify it without --checkpoint, against the golden vectors in the bundle",
         )
     require_export_extra()
@@ -120,7 +122,6 @@ def _golden_of(
             todo=f"pass the checkpoint named {_source_name(bundle.manifest.source)}",
         )
     tokens = proof_tokens(opened)
-    recipe = Recipe.from_dict(bundle.manifest.recipe)
     model = transform(opened, recipe, lowering, bundle.path, clock).model
     return record_golden(model, lowering, tokens=tokens, progress=progress)
 

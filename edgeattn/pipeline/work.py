@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeattn.errors import BundleError
-from edgeattn.quant.scheme import Scheme
 
 
 def work_folder(output: Path) -> Path:
@@ -20,26 +19,27 @@ def work_folder(output: Path) -> Path:
 
 
 @contextmanager
-def open_work(output: Path, scheme: Scheme) -> Iterator[Path]:
+def open_work(output: Path, *, needed: bool) -> Iterator[Path]:
     """The work folder for one run, which alone may use it.
 
-    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
-    and the error gets a note that says so. A scheme without calibration leaves it alone, whosever
-    it is.
+    Work that does not need it leaves it alone, whosever it is; see `own_work`.
 
     Raises:
         BundleError: another run is at work there.
     """
-    if not scheme.needs_calibration:
+    if not needed:
         yield work_folder(output)
         return
-    with locked_work(output) as folder:
+    with own_work(output) as folder:
         yield folder
 
 
 @contextmanager
-def locked_work(output: Path) -> Iterator[Path]:
-    """As `open_work`, for work that always needs the folder.
+def own_work(output: Path) -> Iterator[Path]:
+    """The work folder, for this run alone.
+
+    It goes with the end of the block. Where that fails the folder stays, if anything is finished,
+    and the error gets a note that says so.
 
     Raises:
         BundleError: another run is at work there, or the folder cannot be made.
@@ -75,3 +75,25 @@ def locked_work(output: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_output(path: Path, *, force: bool) -> None:
+    """Refuses a file to write that would be lost, or cannot be made, before any work.
+
+    Raises:
+        BundleError: it is there, or a folder is, or the folder for it is not.
+    """
+    if path.is_dir():
+        raise BundleError(
+            expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
+        )
+    if not Path(os.path.abspath(path)).parent.is_dir():
+        raise BundleError(
+            expected=f"a folder for {path}", came="there is none", todo="make it first"
+        )
+    if path.exists() and not force:
+        raise BundleError(
+            expected=f"no file at {path}",
+            came="there is one",
+            todo="pass --force to replace it, or choose another with -o",
+        )

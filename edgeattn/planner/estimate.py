@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgeattn.attention import FftRopeRequest
 from edgeattn.planner.calibration import (
     calibration_bytes,
     calibration_seconds,
@@ -51,6 +52,8 @@ _HADAMARD_BYTES, _HADAMARD_NUMBERS = 1000, 2.2
 # kept where the graph gives only the last one's. npz leaves 91 % of random mantissas.
 PROOF_TOKENS, PROOF_STEPS, PROOF_LAST_TOKENS, PROOF_CASES = 67, 23, 26, 3
 _NPZ_RATIO, _NPZ_ENTRY_BYTES = 0.91, 230
+# What the ragged case of an attention variant has more, in two rows.
+_RAGGED_TOKENS = 20
 
 # Manifest, configurations and report; of these with a proof, and per block.
 _SMALL_BYTES, _REPORT_BYTES, _REPORT_BLOCK_BYTES = 9_000, 8_000, 1_010
@@ -215,13 +218,23 @@ def _run_time_bytes(shape: ModelShape, lowering: Lowering) -> tuple[float, float
 
 def golden_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of the golden vectors of a context that holds the whole proof."""
-    layers = shape.num_layers
-    logit_rows = PROOF_TOKENS if lowering.logits == "all" else PROOF_LAST_TOKENS
-    numbers = PROOF_TOKENS * shape.hidden_size * (layers + 1)
-    numbers += PROOF_TOKENS * shape.kv_size * 2 * layers
+    layers, more = shape.num_layers, _more_tokens(lowering)
+    tokens = PROOF_TOKENS + more
+    logit_rows = tokens if lowering.logits == "all" else PROOF_LAST_TOKENS
+    numbers = tokens * shape.hidden_size * (layers + 1)
+    numbers += tokens * shape.kv_size * 2 * layers
     numbers += logit_rows * shape.vocab_size
     arrays = PROOF_STEPS * (layers + 5) + PROOF_CASES * 2 * layers
     return int(numbers * 4 * _NPZ_RATIO) + arrays * _NPZ_ENTRY_BYTES
+
+
+def _more_tokens(lowering: Lowering) -> int:
+    """Tokens that the proof of an attention variant runs besides."""
+    request = lowering.request
+    if request is None:
+        return 0
+    exact = request.sink + request.window if isinstance(request, FftRopeRequest) else 0
+    return exact + _RAGGED_TOKENS
 
 
 def _memory(shape: ModelShape, lowering: Lowering, *, verify: bool, tensorrt: bool) -> int:

@@ -171,7 +171,8 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
         LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
     """
     _check_scheme(lowering.scheme, shape)
-    _check_variant(lowering, shape)
+    if lowering.request is not None:
+        check_request(lowering.request, shape)
     if lowering.context is not None and lowering.context > shape.max_context:
         raise LoweringError(
             expected=f"a context of at most {shape.max_context} tokens, which the checkpoint knows",
@@ -182,10 +183,12 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
     return _fit_attention(lowering, within, target.software.graph)
 
 
-def _check_variant(lowering: Lowering, shape: ModelShape) -> None:
-    request = lowering.request
-    if request is None:
-        return
+def check_request(request: AttentionRequest, shape: ModelShape) -> None:
+    """Refuses an attention variant that a model cannot have.
+
+    Raises:
+        LoweringError: its scores have a cap, or no head would be active.
+    """
     if shape.attention_softcap is not None:
         raise LoweringError(
             expected=f"a model without a cap on its attention's scores, for {request.label}",

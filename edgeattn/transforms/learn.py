@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgeattn.calibration.windows import split_windows
 from edgeattn.calibration.work import write_tensors
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.model import Model
@@ -31,8 +32,6 @@ Progress = Callable[[int, int], None]
 # Tokens of a step: two windows of 512. With fewer, most of a step would be products of weights with
 # R1, which cost the same for any number of tokens.
 _TOKENS = 1024
-# Of how many windows one is held out, and how many at most.
-_HELD_SHARE, _MOST_HELD = 8, 8
 # A gradient below this is none.
 _FLAT = 1e-12
 _BEGIN_ANEW = "delete the file, and the same command learns from the beginning"
@@ -141,21 +140,6 @@ def learn_rotations(
         orthogonality_error=best.orthogonality_error(),
         seconds_per_step=descent.seconds / steps,
     )
-
-
-def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows to learn from and windows to judge by, the latter spread over the text."""
-    count = len(windows)
-    if count < 2:
-        raise UsageError(
-            expected="at least 2 windows of calibration text to learn rotations",
-            came=f"there is {count}" if count else "there is none",
-            todo="take more windows or a longer text",
-        )
-    held = min(max(1, count // _HELD_SHARE), _MOST_HELD)
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[[(2 * i + 1) * count // (2 * held) for i in range(held)]] = True
-    return windows[~chosen], windows[chosen]
 
 
 def _batches(windows: Tensor, steps: int) -> Tensor:

@@ -21,6 +21,8 @@ _TEXT = (
 )
 RAGGED_LENGTHS = (11, 6)
 RAGGED_STEPS = 2
+# Where the median token of a row decides, more than its prefill has.
+MANY_RAGGED_STEPS = max(RAGGED_LENGTHS) + 1
 # Where the steps of a text that comes in pieces end.
 CONTINUED_ENDS = (7, 12, 13)
 
@@ -54,7 +56,12 @@ class Case:
 
 
 def build_cases(
-    vocab_size: int, context: int, tokens: Sequence[int] | None = None, *, exact: int = 0
+    vocab_size: int,
+    context: int,
+    tokens: Sequence[int] | None = None,
+    *,
+    exact: int = 0,
+    ragged_steps: int = RAGGED_STEPS,
 ) -> tuple[Case, ...]:
     """The cases every bundle is verified with.
 
@@ -63,15 +70,17 @@ def build_cases(
         context: most tokens of a sequence; shorter contexts get shorter cases.
         tokens: ids of a text, repeated as needed; without them ids are drawn with a fixed seed.
         exact: keys that polynomial attention treats exactly, so that the sequence goes beyond.
+        ragged_steps: decode steps of the ragged case, at most.
     """
     prefill = min(PREFILL_TOKENS + exact, max(1, context // 2))
     steps = min(DECODE_STEPS, context - prefill)
-    ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * RAGGED_STEPS, tokens)
+    ragged_steps = min(ragged_steps, max(RAGGED_STEPS, context - max(RAGGED_LENGTHS)))
+    ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * ragged_steps, tokens)
     sequence, rest = ids[: prefill + steps], ids[prefill + steps :]
     ends = range(prefill, prefill + steps + 1)
     cases = [_case("sequence", sequence[None, :], np.array([prefill]), ends)]
     if max(RAGGED_LENGTHS) + RAGGED_STEPS <= context:
-        cases.append(_ragged_case(rest))
+        cases.append(_ragged_case(rest, ragged_steps))
     if CONTINUED_ENDS[-1] <= context:
         row = rest[None, : CONTINUED_ENDS[-1]]
         cases.append(_case("continued", row, np.array([CONTINUED_ENDS[0]]), CONTINUED_ENDS))
@@ -110,16 +119,16 @@ def _token_ids(vocab_size: int, count: int, tokens: Sequence[int] | None) -> NDA
     return np.random.default_rng(0).integers(0, vocab_size, count, dtype=np.int64)
 
 
-def _ragged_case(ids: NDArray[np.int64]) -> Case:
+def _ragged_case(ids: NDArray[np.int64], steps: int) -> Case:
     """Two rows of different length, padded on the right; then both grow by a token per step."""
     longest, rows = max(RAGGED_LENGTHS), []
     for row, length in enumerate(RAGGED_LENGTHS):
         # A padding id that also occurs as a token: an implementation may not tell them by value.
-        start = sum(RAGGED_LENGTHS[:row]) + row * RAGGED_STEPS
-        own = ids[start : start + length + RAGGED_STEPS]
+        start = sum(RAGGED_LENGTHS[:row]) + row * steps
+        own = ids[start : start + length + steps]
         padding = np.full(longest - length, ids[0])
         rows.append(np.concatenate((own[:length], padding, own[length:])))
-    ends = range(longest, longest + RAGGED_STEPS + 1)
+    ends = range(longest, longest + steps + 1)
     return _case("ragged", np.stack(rows), np.array(RAGGED_LENGTHS), ends)
 
 

@@ -12,7 +12,7 @@ from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
 from edgeattn.errors import ProofError
 from edgeattn.planner.lowering import Lowering
 from edgeattn.shape import ModelShape
-from edgeattn.verify.cases import build_cases
+from edgeattn.verify.cases import MANY_RAGGED_STEPS, RAGGED_STEPS, build_cases
 from edgeattn.verify.compare import (
     KL,
     Agreement,
@@ -102,7 +102,13 @@ def record_golden(
     from edgeattn.verify.reference import run_reference
 
     shape = model.shape
-    cases = build_cases(shape.vocab_size, shape.max_context, tokens, exact=shape.exact_keys)
+    cases = build_cases(
+        shape.vocab_size,
+        shape.max_context,
+        tokens,
+        exact=shape.exact_keys,
+        ragged_steps=MANY_RAGGED_STEPS if shape.has_variants else RAGGED_STEPS,
+    )
     stage = _staged(progress, "torch, layer by layer")
     overflow = ""
     for dtype in plain_dtypes(lowering):

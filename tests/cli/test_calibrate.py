@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from edgeattn.models.checkpoint import open_checkpoint
+from edgeattn.models.model import checkpoint_digest
 from edgeattn.pipeline import calibrate_attention, heat_map
 from edgeattn.planner.polynomial_heads import check_fits, read_polynomial_heads
 from edgeattn.transforms import polynomial
@@ -63,7 +64,7 @@ def test_writes_heads_and_their_picture(
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
     heads = read_polynomial_heads(tmp_path / "heads.json")
     checkpoint = open_checkpoint(tiny_checkpoint)
-    check_fits(heads, checkpoint.shape, checkpoint.identity["fingerprint"])
+    check_fits(heads, checkpoint.shape, checkpoint_digest(checkpoint))
     assert heads.passed > 0
     assert f"{heads.passed} of 12 heads" in done.stdout
     assert "times the FLOPs of exact attention" in done.stdout

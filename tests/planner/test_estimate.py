@@ -74,7 +74,7 @@ def test_without_a_proof_there_is_less(
 
 
 def test_the_proof_is_as_long_as_assumed() -> None:
-    from edgeattn.verify.cases import build_cases
+    from edgeattn.verify.cases import MANY_RAGGED_STEPS, build_cases
 
     cases = build_cases(1000, 4096)
     steps = [step for case in cases for step in case.steps]
@@ -82,6 +82,10 @@ def test_the_proof_is_as_long_as_assumed() -> None:
     assert len(steps) == module.PROOF_STEPS
     assert sum(int(step.new_mask.sum()) for step in steps) == module.PROOF_TOKENS
     assert sum(step.input_ids.shape[0] for step in steps) == module.PROOF_LAST_TOKENS
+    longer = build_cases(1000, 4096, exact=68, ragged_steps=MANY_RAGGED_STEPS)
+    tokens = sum(int(step.new_mask.sum()) for case in longer for step in case.steps)
+    variant = plan_lowering(Recipe("cpu", attention=("fft-rope",)), parse_target("cpu"))
+    assert tokens == module.PROOF_TOKENS + module._more_tokens(variant)
 
 
 def test_every_target_and_scheme_has_an_estimate(shape: ModelShape) -> None:

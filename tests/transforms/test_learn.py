@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wrapped_weights import with_outlier_channels
 
-from edgeattn.calibration.windows import token_windows
+from edgeattn.calibration.windows import split_windows, token_windows
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, model_of
@@ -133,7 +133,7 @@ def test_the_loss_falls_on_text_that_was_not_learned(
     assert len(report.losses) == report.steps == 12
     assert report.seconds_per_step > 0
     assert report.loss_after < report.loss_before - 0.03
-    held = learn.split_windows(novel)[1]
+    held = split_windows(novel)[1]
     again = loss_of(stories, INT4_STORIES, rotations, held, report.objective)
     assert report.loss_after == pytest.approx(again)
     json.dumps(report.to_dict())
@@ -257,7 +257,7 @@ def test_held_out_windows_are_never_learned(
     monkeypatch.setattr(RotatableModel, "loss", watched)
     monkeypatch.setattr(learn, "_TOKENS", 48)
     windows = torch.arange(17)[:, None].expand(17, 24)  # every token of a window is its number
-    _, held = learn.split_windows(windows)
+    _, held = split_windows(windows)
     learning(windows=windows, steps=15)
     assert [len(step) for step in seen] == [2] * 15
     places = [place for step in seen for place in step]
@@ -269,7 +269,7 @@ def test_held_out_windows_are_never_learned(
 
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (15, 1), (16, 2), (64, 8), (500, 8)])
 def test_some_windows_are_held_out(count: int, held: int) -> None:
-    train, judged = learn.split_windows(torch.arange(count)[:, None])
+    train, judged = split_windows(torch.arange(count)[:, None])
     assert len(judged) == held
     assert sorted([*train[:, 0].tolist(), *judged[:, 0].tolist()]) == list(range(count))
 

@@ -1,0 +1,147 @@
+"""`export --attention`: a quantised model whose layers take the variant that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.attention import FftRopeRequest, HeadSparseRequest
+from edgeattn.errors import LoweringError, UsageError
+from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.lowering import Lowering
+from edgeattn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.model import Model
+
+# Of the work folder: what a scheme has finished waits beside it.
+_PART = "attention"
+
+
+def require_attention(recipe: Recipe) -> None:
+    """Refuses a variant's file that is missing, or does not go with the scheme, before any work.
+
+    Raises:
+        UsageError: no such file, or none of these.
+        LoweringError: routers for a stream that the scheme rotates.
+    """
+    request = recipe.attention_request
+    if isinstance(request, FftRopeRequest) and request.heads is not None:
+        from edgeattn.planner.polynomial_heads import read_polynomial_heads
+
+        read_polynomial_heads(Path(request.heads))
+    if not isinstance(request, HeadSparseRequest) or request.routers is None:
+        return
+    if recipe.scheme.rotation != "none":
+        raise LoweringError(
+            expected="routers that were trained on the residual stream they will read",
+            came=f"scheme {recipe.scheme.label} rotates it after {request.routers} was made",
+            todo="leave out routers=: they are then trained on the rotated model",
+        )
+    if not Path(request.routers).is_file():
+        raise UsageError(
+            expected=f"a file {request.routers}",
+            came="there is none",
+            todo="pass routers that `edgeattn calibrate` made for this model",
+        )
+
+
+def with_attention(
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    lowering: Lowering,
+    work: Path,
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    """The model with the recipe's attention variant, and what to note of it.
+
+    Heads are measured, and routers trained, on the model as it will be: quantised.
+
+    Args:
+        checkpoint: with tokenizer and fingerprint.
+        model: quantised as the recipe says.
+        recipe: names variant and calibration text.
+        lowering: for the context.
+        work: folder of unfinished work.
+        clock: for stages and progress.
+
+    Raises:
+        EdgeattnError: a text or a file that does not fit.
+    """
+    request = recipe.attention_request
+    if request is None:
+        return model, {}
+    arguments = (checkpoint, model, recipe, lowering, work / _PART, clock)
+    if isinstance(request, FftRopeRequest):
+        return _fft_rope(request, *arguments)
+    return _head_sparse(request, *arguments)
+
+
+def _fft_rope(
+    request: FftRopeRequest,
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    lowering: Lowering,
+    work: Path,
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.models.model import checkpoint_digest
+    from edgeattn.pipeline.calibrate_attention import CalibrationText, calibrated_heads, cost_notes
+    from edgeattn.planner.polynomial_heads import check_fits, read_polynomial_heads
+    from edgeattn.transforms.polynomial import with_polynomials
+
+    if request.heads is not None:
+        heads = read_polynomial_heads(Path(request.heads))
+        check_fits(heads, checkpoint.shape, checkpoint_digest(checkpoint))
+    else:
+        assert recipe.calibration is not None
+        text = CalibrationText(Path(recipe.calibration))
+        made_from = {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}
+        heads = calibrated_heads(checkpoint, model, request, text, made_from, work, clock)
+    context = lowering.context or checkpoint.shape.max_context
+    notes = cost_notes(heads, checkpoint.shape, context)
+    return with_polynomials(model, heads), {"polynomial heads": notes}
+
+
+def _head_sparse(
+    request: HeadSparseRequest,
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    lowering: Lowering,
+    work: Path,
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    from edgeattn.models.model import checkpoint_digest
+    from edgeattn.pipeline.calibrate_routers import (
+        layer_densities,
+        routers_made_from,
+        train_on_text,
+    )
+    from edgeattn.pipeline.transform import calibration_windows
+    from edgeattn.transforms.routers_file import load_routers
+    from edgeattn.transforms.sparsify import sparsify
+
+    if request.routers is not None:
+        routers, made_from = load_routers(
+            Path(request.routers), model.shape, checkpoint_digest(checkpoint), request
+        )
+        about = {"trained on": str(made_from.get("text", "an unknown text"))}
+    else:
+        windows, text = calibration_windows(checkpoint, recipe, lowering.context)
+        made_from = routers_made_from(checkpoint, request, text)
+        made_from |= {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}
+        routers = train_on_text(model, request, windows, work, made_from, clock)
+        about = {"trained on": text["text"]}
+    layers = layer_densities(routers, model.shape.num_layers)
+    notes: dict[str, Any] = {
+        **about,
+        "active": f"{sum(n.slots for n in layers)} of {routers.units * len(layers)} {request.unit}",
+    }
+    for layer in layers:
+        recall = "dense" if layer.recall is None else f"recall {layer.recall:.1%}"
+        notes[f"layer {layer.layer}"] = f"{layer.slots} of {routers.units}, {recall}"
+    return sparsify(model, routers), {"head sparsity": notes}
