@@ -6,7 +6,7 @@ residual streams of all windows, and the score matrix of a few hundred rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +38,8 @@ from edgeattn.planner.polynomial_heads import Candidate, Head, Layer, Polynomial
 
 # How much farther than in the fitted windows a score may lie before its row is exact.
 _BOUND_MARGIN = 1.25
-# The operator wants a positive polynomial up to 1.01 times the bound; more, for rounding.
-_POSITIVE_MARGIN = 1.02
+# The operator wants a positive polynomial up to 1.01 times the bound; fitted ones have more.
+_LEAST_MARGIN, _POSITIVE_MARGIN = 1.01, 1.02
 # A root with a smaller imaginary part is a real one.
 _REAL = 1e-9
 # A polynomial that serves fewer rows than this is none.
@@ -253,6 +253,9 @@ def with_polynomials(model: Model, calibrated: PolynomialHeads) -> Model:
     Args:
         model: the one that was calibrated, or a quantised form of it.
         calibrated: fits the model (`check_fits`).
+
+    Raises:
+        UsageError: a number is none in fp32, or a polynomial is not positive.
     """
     shape = model.shape
     kinds, tables = [], dict(model.tables)
@@ -261,13 +264,14 @@ def with_polynomials(model: Model, calibrated: PolynomialHeads) -> Model:
         kinds.append(replace(shape.layer_kind(index), attention=attention))
         if attention is not None:
             tables[index] = _tables(layer, attention.degree)
+            _check_tables(tables[index], index)
     return replace(model, shape=replace(shape, layer_cycle=tuple(kinds)), tables=tables)
 
 
 def _tables(layer: Layer, degree: int) -> dict[str, Tensor]:
     """What the operator reads; zeros stand behind the coefficients of a lower degree."""
     count = len(layer.heads)
-    coefficients, bounds = torch.zeros(count, degree + 1), torch.zeros(count)
+    coefficients, bounds = torch.zeros(count, degree + 1), torch.zeros(count, dtype=torch.float64)
     backend = torch.full((count,), EXACT, dtype=torch.int32)
     for head, about in enumerate(layer.heads):
         if (chosen := about.polynomial) is not None:
@@ -277,6 +281,22 @@ def _tables(layer: Layer, degree: int) -> dict[str, Tensor]:
     return {
         "coefficients": coefficients,
         "key_mean": mean.repeat_interleave(count // len(mean), 0),
-        "score_bound": bounds,
+        "score_bound": bounds.float(),
         "backend": backend,
     }
+
+
+def _check_tables(tables: Mapping[str, Tensor], layer: int) -> None:
+    """Refuses what the operator would, for kernels do not look."""
+    chosen = zip(tables["coefficients"], tables["score_bound"].tolist(), strict=True)
+    sound = all(table.isfinite().all() for table in tables.values()) and all(
+        is_positive(series, _LEAST_MARGIN * bound)
+        for (series, bound), backend in zip(chosen, tables["backend"].tolist(), strict=True)
+        if backend != EXACT
+    )
+    if not sound:
+        raise UsageError(
+            expected=f"positive polynomials in layer {layer} of the calibrated heads",
+            came="one is not, or a number is too large",
+            todo="calibrate the model again",
+        )

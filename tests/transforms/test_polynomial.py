@@ -287,6 +287,21 @@ def test_heads_of_another_model_are_refused(model: Model, calibrated: Polynomial
 
 
 @pytest.mark.parametrize(
+    "changed", [{"coefficients": (1.0, 5.0, 1.0)}, {"score_bound": 1e300}], ids=str
+)
+def test_polynomials_that_no_kernel_takes_are_refused(
+    model: Model, calibrated: PolynomialHeads, changed: dict[str, Any]
+) -> None:
+    layer = calibrated.layers[0]
+    places = {(c.degree, c.fitted): i for i, c in enumerate(layer.heads[0].candidates)}
+    first = layer.heads[0].candidates[places[2, True]].model_copy(update=changed)
+    head = layer.heads[0].model_copy(update={"candidates": (first,), "chosen": 0})
+    other = layer.model_copy(update={"heads": (head, *layer.heads[1:])})
+    with pytest.raises(UsageError, match="positive polynomials in layer 1"):
+        with_polynomials(model, heads_of([layer, other, layer]))
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "the file"),
@@ -333,7 +348,8 @@ def test_a_changed_file_is_refused_or_has_tables(
     try:
         heads = read_polynomial_heads(path)
         check_fits(heads, model.shape, "abc")
+        changed = with_polynomials(model, heads)
     except UsageError:
         return
-    for tables in with_polynomials(model, heads).tables.values():
+    for tables in changed.tables.values():
         assert all(table.isfinite().all() for table in tables.values())
