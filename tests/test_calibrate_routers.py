@@ -191,6 +191,16 @@ def test_a_text_too_short_to_judge_by_is_refused_before_training(
 def test_a_file_that_is_there_is_not_replaced(calibrate: Calibrate, tmp_path: Path) -> None:
     path = tmp_path / "routers.safetensors"
     path.write_text("weights")
-    with pytest.raises(BundleError, match="there is one: remove it"):
+    with pytest.raises(BundleError, match="there is one: pass --force"):
         calibrate()
     assert path.read_text() == "weights"
+    assert calibrate(force=True).path == path
+    assert load_file(path)
+
+
+def test_a_file_is_named_after_the_model(
+    calibrate: Calibrate, stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert calibrate(output=None).path == Path("stories260k-head-sparse.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["stories260k-head-sparse.safetensors"]

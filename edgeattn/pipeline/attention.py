@@ -114,12 +114,12 @@ def _head_sparse(
         train_on_text,
     )
     from edgeattn.pipeline.transform import calibration_windows
-    from edgeattn.transforms.routers_file import load_routers
+    from edgeattn.transforms.routers_file import checkpoint_digest, load_routers
     from edgeattn.transforms.sparsify import sparsify
 
     if request.routers is not None:
         routers, made_from = load_routers(
-            Path(request.routers), model.shape, checkpoint.identity["fingerprint"], request
+            Path(request.routers), model.shape, checkpoint_digest(checkpoint), request
         )
         about = {"trained on": str(made_from.get("text", "an unknown text"))}
     else:

@@ -130,7 +130,7 @@ def calibrate_polynomial_heads(
         EdgeattnError: a refusal. Nothing half-written stays; finished layers wait beside the
             output, and the error notes where.
     """
-    _require_torch()
+    require_torch()
     if request.heads is not None:
         raise UsageError(
             expected="an attention to calibrate",
@@ -140,11 +140,11 @@ def calibrate_polynomial_heads(
     read_text(text.file)
     machine = None if target is None else parse_target(target)
     if output is not None:
-        _check_output(output, force=force)
+        check_output(output, force=force)
     clock = Clock(progress)
     checkpoint, _ = open_checked(model, lambda outline: None, clock, offline=offline)
     path = output or Path(f"{checkpoint.name}-fft-rope.json")
-    _check_output(path, force=force)
+    check_output(path, force=force)
     _length(checkpoint.shape, request, text)
     at = _context(checkpoint.shape, context)
     from edgeattn.models.model import model_of
@@ -312,7 +312,12 @@ def _context(shape: ModelShape, context: int | None) -> int:
     return found
 
 
-def _check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuses a place for a file that cannot be written there.
+
+    Raises:
+        BundleError: a folder is there, or none around it, or a file that is not to be replaced.
+    """
     if path.is_dir():
         raise BundleError(
             expected=f"a file to write at {path}", came="a folder is there", todo="choose another"
@@ -329,7 +334,12 @@ def _check_output(path: Path, *, force: bool) -> None:
         )
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Refuses to start without torch.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError(
             expected="torch, which calibrating needs",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edgeattn import __version__
 from edgeattn.attention import HeadSparseRequest
 from edgeattn.bundle import bundle as layout
-from edgeattn.errors import BundleError, UsageError
+from edgeattn.errors import UsageError
+from edgeattn.pipeline.calibrate_attention import check_output, require_torch
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.transform import open_checked
 from edgeattn.pipeline.work import own_work
@@ -132,13 +133,23 @@ def calibrate_routers(
     Raises:
         EdgeattnError: a refusal; layers that are finished wait beside the output.
     """
-    _check(request, output)
-    texts = {file: read_text(file) for file in (text, *eval_texts)}
-    clock = Clock(progress)
-    with own_work(output) as work:
-        checkpoint, _ = open_checked(
-            model, lambda outline: check_request(request, outline.shape), clock, offline=offline
+    require_torch()
+    if request.routers is not None:
+        raise UsageError(
+            expected="a density alone, to train routers for",
+            came=f"routers={request.routers} names some that are there",
+            todo="leave out routers=",
         )
+    texts = {file: read_text(file) for file in (text, *eval_texts)}
+    if output is not None:
+        check_output(output, force=force)
+    clock = Clock(progress)
+    checkpoint, _ = open_checked(
+        model, lambda outline: check_request(request, outline.shape), clock, offline=offline
+    )
+    path = output or Path(f"{checkpoint.name}-head-sparse.safetensors")
+    check_output(path, force=force)
+    with own_work(path) as work:
         from edgeattn.models.model import model_of
         from edgeattn.transforms.routers_file import save_routers
 
@@ -150,9 +161,9 @@ def calibrate_routers(
         routers = train_on_text(dense, request, found, work, made_from, clock)
         losses = tuple(_judge(dense, routers, *named, clock) for named in judged)
         clock.stop()
-        save_routers(output, routers, made_from)
+        save_routers(path, routers, made_from)
     layers = layer_densities(routers, dense.shape.num_layers)
-    return RoutersReport(output, request.label, layers, losses, clock.seconds)
+    return RoutersReport(path, request.label, layers, losses, clock.seconds)
 
 
 def routers_made_from(
@@ -240,21 +251,6 @@ def layer_densities(routers: Routers, num_layers: int) -> tuple[LayerDensity, ..
     return tuple(found)
 
 
-def _check(request: HeadSparseRequest, output: Path) -> None:
-    if request.routers is not None:
-        raise UsageError(
-            expected="a density alone, to train routers for",
-            came=f"routers={request.routers} names some that are there",
-            todo="leave out routers=",
-        )
-    if output.exists():
-        raise BundleError(
-            expected=f"no file at {output}, where the routers are to be written",
-            came="there is one",
-            todo="remove it, or choose another name with -o",
-        )
-
-
 def _windows(
     checkpoint: Checkpoint, name: str, text: str, windows: int, length: int | None
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -274,6 +270,7 @@ def _windows(
         windows=windows,
         length=window_length(checkpoint.shape, None) if length is None else length,
         vocab_size=checkpoint.shape.vocab_size,
+        option="--windows",
     )
     about = {"text": name, "text_sha256": text_sha256(text)}
     return found, {**about, "windows": found.shape[0], "length": found.shape[1]}
