@@ -139,7 +139,7 @@ def attend(
         begin, stop, keys = begin * 0 + sink, stop * 0 + end, keys * 0
 
     coefficients += query_head * C
-    log_bias += tl.where(HB > 1, query_head * N, 0)
+    log_bias += tl.where(HB > 1, query_head, 0).to(tl.int64) * N
     found, total = recall(
         *(q, sums, coefficients, centre - of_shift, steps, columns, keys, C),
         *(TQ, D, LEVELS, left, right, SEGMENTS, scale, PRECISION),
