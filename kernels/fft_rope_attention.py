@@ -8,7 +8,9 @@ second weighs, so that every weight is divided by one number per row. `count` ad
 fell back, of which nothing is known to the host.
 
 Few rows, few keys, degrees above 2 and a table of biases have no segments: P is then computed on
-the scores. The FFT is the same numbers, and costs more than segments where a table has one number.
+the scores. So are heads whose backend is the FFT, which means the same numbers: at head dimension
+64, degree 1 and 16,384 keys, its 65 · 65 columns of 32,768 complex numbers are 1.1 GB per head, to
+be moved several times, where the scores are made of 4 MB of keys and values.
 """
 
 from __future__ import annotations
@@ -20,19 +22,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from edgeattn.kernels.chunks import (
-    INTEGERS,
-    aligned,
-    dot,
-    jit,
-    load,
-    load_row,
-    place_program,
-    store,
-    weigh,
-)
+from edgeattn.kernels.chunks import INTEGERS, aligned, jit, load, load_row, place_program, store
 from edgeattn.kernels.kernel import ArgumentType, Kernel, cdiv
 from edgeattn.kernels.launch import check_call
+from edgeattn.kernels.polynomial_scores import survey, weigh_keys
 from edgeattn.kernels.polynomial_states import (
     key_count,
     longest_covered,
@@ -40,12 +33,11 @@ from edgeattn.kernels.polynomial_states import (
     recall,
     record,
     score_sums,
-    series,
     squared_length,
     states,
 )
-from edgeattn.ops.fft_rope_attention import LOWEST, SPEC, variants
-from edgeattn.ops.fft_rope_kernels import segments_of
+from edgeattn.ops.fft_rope_attention import LOWEST, SPEC
+from edgeattn.ops.fft_rope_kernels import segments_of, variants
 
 _LOWEST = tl.constexpr(LOWEST)
 # Numbers that `count` adds up at once.
@@ -159,131 +151,6 @@ def attend(
 
 
 @jit
-def survey(
-    queries: tl.tensor,
-    k: tl.tensor,
-    mean: tl.tensor,
-    positions: tl.tensor,
-    columns: tl.tensor,
-    begin: tl.tensor,
-    stop: tl.tensor,
-    window: tl.tensor,
-    causal: tl.tensor,
-    D: tl.tensor,
-    scale: tl.tensor,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """Sum and number of each row's scores with far keys from `begin` on, and their largest L."""
-    STAGES: tl.constexpr = 2
-    total = tl.zeros([positions.shape[0]], tl.float32)
-    longest = tl.zeros([positions.shape[0]], tl.float32)
-    count = tl.zeros([positions.shape[0]], tl.int32)
-    for start in tl.range(begin, stop, ROWS, num_stages=STAGES):
-        rows = start + tl.arange(0, ROWS)
-        keys = load(k, rows, columns, stop, D)
-        scores = dot(queries, tl.trans(keys), PRECISION) * scale
-        far = (distance_of(positions, rows, causal) >= window) & (rows < stop)[None, :]
-        total += tl.sum(tl.where(far, scores, 0.0), axis=1)
-        count += tl.sum(far.to(tl.int32), axis=1)
-        lengths = squared_length(keys.to(tl.float32) - mean[None, :], D)
-        longest = tl.maximum(longest, tl.max(tl.where(far, lengths[None, :], 0.0), axis=1))
-    return total, count, longest
-
-
-@jit
-def weigh_keys(
-    queries: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    coefficients: tl.tensor,
-    log_bias: tl.tensor,
-    positions: tl.tensor,
-    columns: tl.tensor,
-    centre: tl.tensor,
-    approximated: tl.tensor,
-    found: tl.tensor,
-    total: tl.tensor,
-    largest: tl.tensor,
-    first_keys: tl.tensor,
-    begin: tl.tensor,
-    stop: tl.tensor,
-    sink: tl.tensor,
-    window: tl.tensor,
-    causal: tl.tensor,
-    D: tl.tensor,
-    C: tl.tensor,
-    N: tl.tensor,
-    scale: tl.tensor,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """Adds keys below `first_keys` and from `begin` to `stop`.
-
-    Args:
-        queries: `[CHUNK, BLOCK]`.
-        k: keys of the head.
-        v: values of the head.
-        coefficients: of the query head.
-        log_bias: its table.
-        positions: of the rows.
-        columns: of keys and values.
-        centre: of each row.
-        approximated: whether a row's far keys are weighed by the polynomial.
-        found: weighted sums of values so far.
-        total: sums of weights so far.
-        largest: exponents, by whose exponentials these are divided.
-        first_keys: of the first keys, how many.
-        begin: of the others.
-        stop: their end.
-        sink: as in the operator, likewise all that follow.
-
-    Returns:
-        found and total.
-    """
-    STAGES: tl.constexpr = 2
-    a0, a1, a2, a3, a4 = series(coefficients, C)
-    first_tiles = tl.cdiv(first_keys, ROWS)
-    for tile in tl.range(
-        0, first_tiles + tl.cdiv(tl.maximum(stop - begin, 0), ROWS), num_stages=STAGES
-    ):
-        is_first = tile < first_tiles
-        start = tl.where(is_first, tile * ROWS, begin + (tile - first_tiles) * ROWS)
-        height = tl.where(is_first, first_keys, stop)
-        rows = start + tl.arange(0, ROWS)
-        keys, values = load(k, rows, columns, height, D), load(v, rows, columns, height, D)
-        x = dot(queries, tl.trans(keys), PRECISION) * scale - centre[:, None]
-        distance = distance_of(positions, rows, causal)
-        seen = (distance >= 0) & (rows < height)[None, :]
-        far = (distance >= window) & (rows >= sink)[None, :] & approximated[:, None]
-        exponent = tl.where(far, 0.0, x) + bias_of(log_bias, positions, rows, N)
-        exponent = tl.where(seen, exponent, _LOWEST)
-        larger = tl.maximum(largest, tl.max(exponent, axis=1))
-        weights = tl.where(far, (((a4 * x + a3) * x + a2) * x + a1) * x + a0, 1.0)
-        weights = tl.where(seen, weights * tl.exp(exponent - larger[:, None]), 0.0)
-        kept = tl.exp(largest - larger)
-        found = found * kept[:, None] + weigh(weights, values, PRECISION)
-        total, largest = total * kept + tl.sum(weights, axis=1), larger
-    return found, total
-
-
-@jit
-def distance_of(positions: tl.tensor, rows: tl.tensor, causal: tl.tensor) -> tl.tensor:
-    """How far each key is from each row; less than 0 where it is later and not seen."""
-    offset = positions[:, None] - rows[None, :]
-    return tl.where(causal > 0, offset, tl.abs(offset))
-
-
-@jit
-def bias_of(
-    log_bias: tl.tensor, positions: tl.tensor, rows: tl.tensor, N: tl.tensor
-) -> tl.tensor:
-    """Log T of each row and key, never read outside the table."""
-    column = positions[:, None] - rows[None, :] + N // 2
-    return tl.load(log_bias + tl.minimum(tl.maximum(column, 0), N - 1))
-
-
-@jit
 def count(
     fallbacks: tl.tensor,
     fallback_count: tl.tensor,
@@ -332,7 +199,7 @@ def _kernel(function: Any, programs: str, num_warps: int = 4) -> Kernel:
 KERNELS: tuple[Kernel, ...] = (
     _kernel(states, "LEVELS * SEGMENTS * B * HKV", num_warps=8),
     _kernel(prefix, "cdiv((LEVELS * (D + 1) + 1) * D, NUMBERS) * B * HKV"),
-    _kernel(attend, "cdiv(TQ, CHUNK) * B * HKV * G"),
+    _kernel(attend, "cdiv(TQ, CHUNK) * B * HKV * G", num_warps=8),
     _kernel(count, "HKV * G"),
 )
 
@@ -385,8 +252,8 @@ def fft_rope_attention(
         RuntimeInputError: shapes do not fit, or no kernel is made for such inputs.
     """
     inputs = (q, k, v, coefficients, key_mean, log_bias, score_bound, backend, kv_len)
-    attributes = {"degree": degree, "sink": sink, "window": window, "causal": causal}
-    attributes |= {"row_centre": row_centre, "scale": scale}
+    keys = {"sink": sink, "window": window, "causal": causal}
+    attributes = {"degree": degree, **keys, "row_centre": row_centre, "scale": scale}
     tensors = check_call(SPEC, inputs, attributes)
     launch(tensors, attributes)
     return tensors["y"], tensors["fallback_count"]
@@ -408,10 +275,11 @@ def launch(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None
     dims = {"B": batch, "HKV": kv_heads, "G": heads // kv_heads, "TQ": rows, "S": capacity}
     dims |= {"D": width, "C": tensors["coefficients"].shape[1], "HB": biases, "N": offsets}
     segments = segments_of(rows, capacity, width, attributes["degree"], offsets)
-    dims |= {"SEGMENT": segments.length, "SEGMENTS": segments.count, "LEVELS": segments.levels}
+    dims |= {"SEGMENT": segments.length, "SEGMENTS": segments.number, "LEVELS": segments.levels}
     # As the function body rounds it: whether a row falls back depends on all its bits.
     usual = torch.tensor(float(width)).sqrt().reciprocal().item()
-    values = {**tensors, **dims, **attributes, "scale": attributes["scale"] or usual}
+    values: dict[str, Any] = {**tensors, **dims, **attributes}
+    values["scale"] = attributes["scale"] or usual
     for name, shape in workspaces(dims).items():
         values[name] = tensors["q"].new_empty(shape, dtype=torch.float32)
     with torch.cuda.device(tensors["q"].get_device()):

@@ -20,12 +20,12 @@ class Segments(NamedTuple):
 
     Attributes:
         length: keys of one.
-        count: of them; 0 where all keys are read.
+        number: of them; 0 where all keys are read.
         levels: matrices `[D, D]` per segment, one for degree 1 and D + 1 for degree 2.
     """
 
     length: int
-    count: int
+    number: int
     levels: int
 
 
@@ -62,9 +62,9 @@ def variants(
     known = [n for n in (rows, keys) if isinstance(n, int)]
     block = max(block_of("FftRopeAttention", (width,), max(known, default=None)), LEAST_BLOCK)
     # Of sizes that are not known, those that take most kernels.
-    sizes = [n if isinstance(n, int) else 2**31 - 1 for n in (rows, keys)]
+    rows, keys = (n if isinstance(n, int) else 2**31 - 1 for n in (rows, keys))
     offsets = dims["N"] if isinstance(dims["N"], int) else 1
-    summed = segments_of(*sizes, width, attributes["degree"], offsets).count > 0
+    summed = segments_of(rows, keys, width, attributes["degree"], offsets).number > 0
     kernels = [("states", {"BLOCK": block}), ("prefix", {})] if summed else []
     kernels += [("attend", {"BLOCK": block}), ("count", {})]
     return [(f"fft_rope_attention.{name}", constants) for name, constants in kernels]

@@ -41,7 +41,7 @@ def sizes_of(case: Case) -> dict[str, int]:
     segments = segments_of(rows, keys, width, dims["C"] - 1, offsets)
     sizes = {"B": dims["B"], "HKV": dims["Hkv"], "G": dims["H"] // dims["Hkv"], "TQ": rows}
     sizes |= {"S": keys, "D": width, "LEVELS": segments.levels}
-    return sizes | {"SEGMENT": segments.length, "SEGMENTS": segments.count}
+    return sizes | {"SEGMENT": segments.length, "SEGMENTS": segments.number}
 
 
 CUT = [
@@ -119,8 +119,10 @@ def test_sizes_without_a_kernel_are_refused(library: Any, dims: dict, words: str
 
 @pytest.mark.parametrize(
     "attributes",
-    [{"degree": 5}, {"degree": -1}, {"sink": -1}, {"window": -1}, {"causal": 2}]
-    + [{"row_centre": 2}, {"scale": -1.0}],
+    [
+        *({"degree": 5}, {"degree": -1}, {"sink": -1}, {"window": -1}, {"causal": 2}),
+        *({"row_centre": 2}, {"scale": -1.0}),
+    ],
     ids=str,
 )
 def test_bad_attributes_are_refused(library: Any, attributes: dict) -> None:
