@@ -126,7 +126,7 @@ def test_segments(launched: list[str], degree: int, causal: int) -> None:
 @pytest.mark.parametrize(
     ("sink", "window"),
     [
-        *((0, 1), (4, 0), (31, 32), (32, 33), (33, 31), (64, 16)),
+        *((0, 1), (4, 0), (31, 32), (32, 33), (33, 31), (64, 16), (0, 2), (1, 34)),
         *((5, 90), (200, 2), (0, 2**31 - 1), (2**31 - 1, 0)),
     ],
 )
@@ -229,8 +229,8 @@ def test_one_bias(bias: float) -> None:
 def test_scores_far_from_0() -> None:
     """Where the terms of a polynomial in the score would cancel."""
     inputs = made([100])
-    inputs[1] += 8 * torch.ones_like(inputs[1])
-    inputs[4] += 8
+    inputs[1] += 200
+    inputs[4] += 200
     inputs[0] += 0.2
     assert agrees(inputs, window=5, scale=0.1) == [0, 0]
 
