@@ -35,6 +35,18 @@ INTEGERS = (
     "D",
     "SPLITS",
     "groups",
+    "B",
+    "TQ",
+    "C",
+    "HB",
+    "N",
+    "LEVELS",
+    "SEGMENT",
+    "SEGMENTS",
+    "sink",
+    "window",
+    "causal",
+    "row_centre",
 )
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)

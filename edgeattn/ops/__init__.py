@@ -15,6 +15,7 @@ from edgeattn.ops.spec import OpSpec
 _PARTS = (
     "cpp_header",
     "fft_rope_body",
+    "fft_rope_kernels",
     "function",
     "kernel_widths",
     "polynomial_sums",

@@ -44,6 +44,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgeattn.ops.fft_rope_kernels import variants
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
     AttributeSpec,
@@ -383,6 +384,9 @@ SPEC = OpSpec(
     reference=reference,
     function_body=function_body,
     attributes=_ATTRIBUTES,
+    triton="edgeattn.kernels.fft_rope_attention:fft_rope_attention",
+    plugin=True,
+    variants=variants,
     cases=(
         _case(*("hybrid", 2, 6, 2, 67, 67, 64), sink=4, window=16, scale=0.08, dtype="fp16"),
         _case("decode", b=3, h=4, kv=2, t=1, s=37, d=64, sink=4, window=8, dtype="fp16"),

@@ -1,0 +1,262 @@
+//! FftRopeAttention: sums over segments of far keys where these are worth it, rows, and how many of them fell back.
+#include "core/creator.h"
+#include "core/error.h"
+#include "core/launcher.h"
+#include "generated/fft_rope_attention.h"
+#include "generated/fft_rope_attention_kernels.h"
+#include "ops/linear_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <string>
+
+namespace edgeattn::fft_rope_attention
+{
+namespace
+{
+
+//! As in edgeattn/ops/fft_rope_kernels.py.
+constexpr int32_t kLEAST_BLOCK = 32;
+constexpr int32_t kHIGHEST_STATE_DEGREE = 2;
+constexpr int32_t kLEAST_SEGMENT = 512;
+constexpr int32_t kLEAST_ROWS = 64;
+constexpr int64_t kLEAST_SEGMENTS = 4;
+
+constexpr int32_t kHIGHEST_DEGREE = 4;
+
+//! A constant in which the kernels of a launch must agree: rows that one program counts.
+constexpr char const* kCHUNK = "CHUNK";
+
+//! Arguments and sizes of all kernels, under the names of kernels/fft_rope_attention.py.
+struct Values
+{
+    void const* q;
+    void const* k;
+    void const* v;
+    float const* coefficients;
+    float const* key_mean;
+    float const* log_bias;
+    float const* score_bound;
+    int32_t const* backend;
+    int32_t const* kv_len;
+    float const* sums;
+    float const* peaks;
+    float const* shift;
+    void const* y;
+    float const* fallbacks;
+    int32_t const* fallback_count;
+    int32_t B;
+    int32_t HKV;
+    int32_t G;
+    int32_t TQ;
+    int32_t S;
+    int32_t D;
+    int32_t C;
+    int32_t HB;
+    int32_t N;
+    int32_t LEVELS;
+    int32_t SEGMENT;
+    int32_t SEGMENTS;
+    int32_t sink;
+    int32_t window;
+    int32_t causal;
+    int32_t row_centre;
+    float scale;
+};
+
+//! The segments of keys of which sums are kept: of so many keys, how many, and matrices of each.
+struct Segments
+{
+    //! \param offsets N; a table of biases is no product of a row's factor and a key's.
+    Segments(Dims const& dims, int32_t degree, int32_t offsets)
+        : levels(degree == kHIGHEST_STATE_DEGREE ? dims.D + 1 : 1)
+        , length(std::max(kLEAST_SEGMENT, (levels - 1) * dims.D / 2))
+    {
+        bool const few = dims.Tq < kLEAST_ROWS || dims.S < kLEAST_SEGMENTS * length;
+        bool const none = few || degree > kHIGHEST_STATE_DEGREE || offsets > 1;
+        count = none ? 0 : static_cast<int32_t>(cdiv(dims.S, length));
+    }
+
+    int32_t levels;
+    int32_t length;
+    int32_t count{0};
+};
+
+//! Where the fp32 values between the kernels lie, in bytes from the start of the workspace.
+struct Places
+{
+    //! \param chunk rows that one program counts.
+    Places(Dims const& dims, Segments const& segments, int64_t chunk)
+    {
+        int64_t const kvHeads = int64_t{dims.B} * dims.Hkv;
+        int64_t const heads = int64_t{dims.B} * dims.H;
+        int64_t const record = (int64_t{segments.levels} * (dims.D + 1) + 1) * dims.D;
+        linear_attention::Workspace workspace;
+        sums = workspace.take(kvHeads * segments.count * record);
+        peaks = workspace.take(heads * segments.count);
+        shift = workspace.take(segments.count > 0 ? kvHeads * dims.D : 0);
+        fallbacks = workspace.take(heads * cdiv(dims.Tq, chunk));
+        size = workspace.size();
+    }
+
+    size_t sums{0};
+    size_t peaks{0};
+    size_t shift{0};
+    size_t fallbacks{0};
+    size_t size{0};
+};
+
+Error refused(std::string const& expected, std::string const& came)
+{
+    return linear_attention::refused(Op::kINFO.name, expected, came + " came");
+}
+
+class FftRopeAttention final : public OpPlugin<FftRopeAttention, Op>
+{
+public:
+    explicit FftRopeAttention(Attributes const& attributes)
+        : OpPlugin(attributes)
+    {
+        if (attributes.degree < 0 || attributes.degree > kHIGHEST_DEGREE)
+        {
+            throw refused("a degree from 0 to " + std::to_string(kHIGHEST_DEGREE), std::to_string(attributes.degree));
+        }
+        if (attributes.sink < 0 || attributes.window < 0)
+        {
+            throw refused("sink and window of at least 0",
+                std::to_string(attributes.sink) + " and " + std::to_string(attributes.window));
+        }
+        for (auto const value : {attributes.causal, attributes.row_centre})
+        {
+            if (value != 0 && value != 1)
+            {
+                throw refused("causal and row_centre of 0 or 1", std::to_string(value));
+            }
+        }
+        if (!(attributes.scale >= 0 && std::isfinite(attributes.scale)))
+        {
+            throw refused("a finite scale of at least 0", std::to_string(attributes.scale));
+        }
+    }
+
+private:
+    void check(Dtype dtype, Dims const& dims) const override
+    {
+        if (dims.Hkv < 1 || dims.H % dims.Hkv != 0)
+        {
+            throw refused("query heads in groups of one size per key head",
+                std::to_string(dims.H) + " for " + std::to_string(dims.Hkv));
+        }
+        if (dims.C != mAttributes.degree + 1)
+        {
+            throw refused(std::to_string(mAttributes.degree + 1) + " coefficients per head for degree "
+                    + std::to_string(mAttributes.degree),
+                std::to_string(dims.C));
+        }
+        if (dims.Hb != 1 && dims.Hb != dims.H)
+        {
+            throw refused("one log_bias for all heads or one for each of " + std::to_string(dims.H),
+                std::to_string(dims.Hb));
+        }
+        int64_t const offsets = 2 * int64_t{dims.S} - 1;
+        if (dims.N % 2 == 0 || (dims.N != 1 && dims.N < offsets))
+        {
+            throw refused("log_bias at 1 offset or an odd number of them from " + std::to_string(offsets) + " on, for "
+                    + std::to_string(dims.S) + " keys",
+                std::to_string(dims.N));
+        }
+        linear_attention::requireSizes(Op::kINFO.name, {dims.D}, std::max(dims.Tq, dims.S));
+        forEachKernel(
+            *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });
+    }
+
+    //! Whatever the number of offsets is: one alone may have segments, and be among larger ones.
+    size_t workspaceSize(Dtype dtype, Dims const& largest) const override
+    {
+        int64_t const chunk = mAttend.smallest(dtype, constantsOf(largest), kCHUNK);
+        return Places(largest, Segments(largest, mAttributes.degree, 1), chunk).size;
+    }
+
+    void load(Dtype dtype, Dims const& dims) override
+    {
+        forEachKernel(*this, dims, [&](auto& kernel, View<Constant> constants) { kernel.load(dtype, constants); });
+        linear_attention::requireSame(Op::kINFO.name, mAttend, mCount, kCHUNK);
+    }
+
+    void launch(Dims const& dims, Tensors const& tensors, void* workspace, cudaStream_t stream) const override
+    {
+        Values const values = valuesOf(dims, tensors, static_cast<char*>(workspace));
+        forEachKernel(*this, dims, [&](auto const& kernel, View<Constant>) { kernel.launch(values, stream); });
+    }
+
+    //! Calls visitor(kernel, constants) for all kernels of a launch. The variant table decides on all other constants.
+    template <typename Self, typename Visitor>
+    static void forEachKernel(Self& self, Dims const& dims, Visitor&& visitor)
+    {
+        auto const constants = constantsOf(dims);
+        if (Segments(dims, self.mAttributes.degree, dims.N).count > 0)
+        {
+            visitor(self.mStates, constants);
+            visitor(self.mPrefix, View<Constant>());
+        }
+        visitor(self.mAttend, constants);
+        visitor(self.mCount, View<Constant>());
+    }
+
+    static std::array<Constant, 1> constantsOf(Dims const& dims)
+    {
+        return {{{"BLOCK", std::max(linear_attention::blockOf(dims.D), kLEAST_BLOCK)}}};
+    }
+
+    Values valuesOf(Dims const& dims, Tensors const& tensors, char* workspace) const
+    {
+        Segments const segments(dims, mAttributes.degree, dims.N);
+        Places const places(dims, segments, mAttend.constant(kCHUNK));
+        auto const at = [&](size_t start) { return reinterpret_cast<float const*>(workspace + start); };
+        Values values{};
+        values.q = tensors.q;
+        values.k = tensors.k;
+        values.v = tensors.v;
+        values.coefficients = tensors.coefficients;
+        values.key_mean = tensors.key_mean;
+        values.log_bias = tensors.log_bias;
+        values.score_bound = tensors.score_bound;
+        values.backend = tensors.backend;
+        values.kv_len = tensors.kv_len;
+        values.sums = at(places.sums);
+        values.peaks = at(places.peaks);
+        values.shift = at(places.shift);
+        values.y = tensors.y;
+        values.fallbacks = at(places.fallbacks);
+        values.fallback_count = tensors.fallback_count;
+        values.B = dims.B;
+        values.HKV = dims.Hkv;
+        values.G = dims.H / dims.Hkv;
+        values.TQ = dims.Tq;
+        values.S = dims.S;
+        values.D = dims.D;
+        values.C = dims.C;
+        values.HB = dims.Hb;
+        values.N = dims.N;
+        values.LEVELS = segments.levels;
+        values.SEGMENT = segments.length;
+        values.SEGMENTS = segments.count;
+        values.sink = mAttributes.sink;
+        values.window = mAttributes.window;
+        values.causal = mAttributes.causal;
+        values.row_centre = mAttributes.row_centre;
+        values.scale = mAttributes.scale == 0.0F ? 1.0F / std::sqrt(static_cast<float>(dims.D)) : mAttributes.scale;
+        return values;
+    }
+
+    LoadedKernel<States> mStates;
+    LoadedKernel<Prefix> mPrefix;
+    LoadedKernel<Attend> mAttend;
+    LoadedKernel<Count> mCount;
+};
+
+Registered<FftRopeAttention> const kREGISTERED;
+
+} // namespace
+} // namespace edgeattn::fft_rope_attention
