@@ -81,6 +81,8 @@ def is_positive(coefficients: Tensor, bound: float) -> bool:
 def fit_positive(rows: RowErrors, bound: float) -> Tensor:
     """The polynomial of the rows' degree, an even one, that fits best and is nowhere negative.
 
+    It is the minimum that is reached from Taylor's, not always the least of all.
+
     Args:
         rows: to fit.
         bound: up to which it is positive in fp32, too.
