@@ -195,3 +195,13 @@ def test_a_file_that_is_there_is_not_replaced(calibrate: Calibrate, tmp_path: Pa
     with pytest.raises(BundleError, match="there is one: pass --force"):
         calibrate()
     assert path.read_text() == "weights"
+    assert calibrate(force=True).path == path
+    assert load_file(path)
+
+
+def test_a_file_is_named_after_the_model(
+    calibrate: Calibrate, stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert calibrate(output=None).path == Path("stories260k-head-sparse.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["stories260k-head-sparse.safetensors"]

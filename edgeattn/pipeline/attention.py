@@ -122,7 +122,7 @@ def _head_sparse(
         train_on_text,
     )
     from edgeattn.pipeline.transform import calibration_windows
-    from edgeattn.transforms.routers_file import load_routers
+    from edgeattn.transforms.routers_file import checkpoint_digest, load_routers
     from edgeattn.transforms.sparsify import sparsify
 
     if request.routers is not None:
