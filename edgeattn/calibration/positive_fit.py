@@ -23,6 +23,8 @@ from edgeattn.ops.fft_rope_attention import least_value
 _STEPS = 40
 # A step that gains less than this share is the last one.
 _LEAST_GAIN = 1e-6
+# A descent is begun again so often, that share towards Taylor's, while it gains so much.
+_STARTS, _INSIDE, _LEAST_RESTART_GAIN = 5, 0.1, 1e-3
 # Damping at first, how it shrinks and grows, and where a step that still gains nothing gives up.
 _DAMPING, _SHRINK, _GROW, _MOST_DAMPING = 1e-3, 0.2, 10.0, 1e8
 
@@ -89,8 +91,16 @@ def fit_positive(rows: RowErrors, bound: float) -> Tensor:
         `[g + 1]` fp64, exact in fp32; on these rows no worse than Taylor's.
     """
     start = taylor(rows.weight.shape[1] - 2)
-    found = _lifted(_coefficients(_descend(rows, _squares(start))), bound)
-    return min((found, start.float().double()), key=rows.square)
+    found = start
+    for _ in range(_STARTS):
+        # Where both squares share a root, steps see no way out: from a little inside they do.
+        inside = (1 - _INSIDE) * found + _INSIDE * start
+        reached = _coefficients(_descend(rows, _squares(inside)))
+        gained = rows.square(reached) < (1 - _LEAST_RESTART_GAIN) * rows.square(found)
+        found = min((reached, found), key=rows.square)
+        if not gained:
+            break
+    return min((_lifted(found, bound), start.float().double()), key=rows.square)
 
 
 def _descend(rows: RowErrors, at: Tensor) -> Tensor:
