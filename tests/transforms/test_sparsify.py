@@ -158,6 +158,17 @@ def test_recall_is_on_windows_held_out(stories: Model, novel: Tensor, trained: R
     assert 0.6 < routed.recall < 1
 
 
+def test_a_classifier_finds_the_longest(stories: Model, novel: Tensor, trained: Routers) -> None:
+    slots = {3: 4}
+    (classified,) = train_routers(
+        stories, novel, HALF, slots, method="classification"
+    ).layers.values()
+    assert classified.recall > trained.layers[3].recall - 0.05
+    constant = HeadRouter(torch.zeros(64, 8), usual(stories, novel, 3))
+    normed, norms = norms_of(stories, novel[4::8], 3)
+    assert classified.recall > recall(constant.scores(normed), norms, units=8, slots=4) + 0.05
+
+
 def test_held_out_windows_teach_nothing(stories: Model, novel: Tensor, trained: Routers) -> None:
     other = novel.clone()
     other[4::8] = other[4::8].flip(1)
