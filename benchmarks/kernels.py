@@ -11,12 +11,11 @@ benchmarks/results/kernels.json.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from measure import device_seconds as seconds
 from measure import write_result
 from torch import Tensor
 
@@ -41,21 +40,6 @@ LION = {"batch": 4, "heads": 16, "length": 4096, "width": 64}
 HADAMARD_ROWS = 16384
 PREFILL = {"batch": 4, "heads": 16, "length": 8192, "width": 64}
 DECODE = {"batch": 1024, "heads": 16, "length": 1, "width": 64}
-
-
-def seconds(run: Callable[[], object], repetitions: int = 50) -> float:
-    """Median over repetitions, the caches of the device emptied before each."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repetitions + 5):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[5:])
 
 
 def copy_bandwidth() -> float:

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -56,6 +56,23 @@ def summary(usages: Sequence[Usage]) -> dict[str, Any]:
             "max": round(max(values), 3),
         }
     return found
+
+
+def device_seconds(run: Callable[[], object], repetitions: int = 50) -> float:
+    """Median over repetitions on a GPU, the caches of the device emptied before each."""
+    import torch
+
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repetitions + 5):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[5:])
 
 
 def machine() -> dict[str, object]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from edgeattn.attention import FftRopeRequest, HeadSparseRequest
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.head_sparsity import WORTH_IT, cache_share, decode_speedup
 from edgeattn.planner.lowering import Lowering
+from edgeattn.planner.memory import cache_bytes_per_token, weight_bytes
 from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -137,11 +139,28 @@ def _head_sparse(
         routers = train_on_text(model, request, windows, work, made_from, clock)
         about = {"trained on": text["text"]}
     layers = layer_densities(routers, model.shape.num_layers)
+    active = sum(n.slots for n in layers)
     notes: dict[str, Any] = {
         **about,
-        "active": f"{sum(n.slots for n in layers)} of {routers.units * len(layers)} {request.unit}",
+        "active": f"{active} of {routers.units * len(layers)} {request.unit}",
+        "decoding": _gain(model, lowering, active / (routers.units * len(layers))),
     }
     for layer in layers:
         recall = "dense" if layer.recall is None else f"recall {layer.recall:.1%}"
         notes[f"layer {layer.layer}"] = f"{layer.slots} of {routers.units}, {recall}"
     return sparsify(model, routers), {"head sparsity": notes}
+
+
+def _gain(model: Model, lowering: Lowering, density: float) -> str:
+    """What fewer heads can buy at the recipe's context and batch."""
+    context = lowering.context or model.shape.max_context
+    weights = weight_bytes(model.shape, lowering)
+    per_token = cache_bytes_per_token(model.shape, lowering)
+    share = cache_share(weights, per_token, context, lowering.batch)
+    gain = decode_speedup(share, density)
+    rows = f"{lowering.batch} rows" if lowering.batch > 1 else "1 row"
+    verdict = "" if gain >= WORTH_IT else ": not worth its loss"
+    return (
+        f"at most {gain:.2f} times as fast with {rows} of {context:,} tokens, whose cache is "
+        f"{share:.0%} of the bytes a step reads{verdict}"
+    )
