@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 
 EVAL_WINDOWS, EVAL_LENGTH = 12, 512
+# Of a model with far keys, which as many tokens in longer windows show.
+_FAR_LENGTH = 2048
 # What the name of a folder should not hold.
 _NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -264,7 +267,7 @@ def _export(
     tokens = proof_tokens(checkpoint)
     windows = _eval_windows(checkpoint, recipe, lowering)
     transformed = transform(checkpoint, recipe, lowering, work, clock)
-    model = transformed.model
+    model, lowering = transformed.model, transformed.lowering
     clock.start("writing the graph")
     graph = export_graph(
         model,
@@ -333,11 +336,16 @@ def _eval_windows(
 
     if recipe.eval_text is None:
         return None
+    windows, length = EVAL_WINDOWS, EVAL_LENGTH
+    if isinstance(lowering.request, FftRopeRequest):
+        exact = lowering.request.sink + lowering.request.window
+        length = max(_FAR_LENGTH, 2 * exact)
+        windows = max(1, EVAL_WINDOWS * EVAL_LENGTH // length)
     return eval_windows(
         read_text(Path(recipe.eval_text)),
         checkpoint.text.get(layout.TOKENIZER),
-        windows=EVAL_WINDOWS,
-        length=min(EVAL_LENGTH, lowering.context or checkpoint.shape.max_context),
+        windows=windows,
+        length=min(length, lowering.context or checkpoint.shape.max_context),
     )
 
 

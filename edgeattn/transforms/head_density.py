@@ -40,6 +40,9 @@ def layer_slots(
         request: density and unit, and whether all layers have the same.
         windows: token ids `[N, L]`; a few show what matters.
         progress: called with (layers done, all layers) while importance is measured.
+
+    Raises:
+        UsageError: one window only, and slots are chosen by importance.
     """
     shape = model.shape
     units = num_units(shape, request)
@@ -47,7 +50,10 @@ def layer_slots(
     layers = range(DENSE_LAYERS, shape.num_layers)
     found = {n: slots for n in layers if shape.layer_kind(n).window is None}
     if request.layers == "importance" and found:
-        costs = sparsity_costs(model, units, split_windows(windows)[1], progress=progress)
+        learnt, judged = split_windows(windows)
+        # A few, but none that recall is measured on.
+        shown = learnt[:: max(1, len(learnt) // len(judged))][: len(judged)]
+        costs = sparsity_costs(model, units, shown, progress=progress)
         found = cheapest_slots({layer: costs[layer] for layer in found}, slots * len(found))
     return {layer: count for layer, count in found.items() if count < units}
 
