@@ -36,6 +36,7 @@ from edgeattn.models.stream import embed_windows, window_inputs
 from edgeattn.ops.fft_rope_attention import EXACT, FACTORISED
 from edgeattn.planner.polynomial import features
 from edgeattn.planner.polynomial_heads import Candidate, Head, Layer, PolynomialHeads
+from edgeattn.quant.threads import for_each
 
 # How much farther than in the fitted windows a score may lie before its row is exact.
 _BOUND_MARGIN = 1.25
@@ -152,7 +153,6 @@ def measure_layer(
         request: degree and tolerance.
         every: rows from one that is measured to the next.
     """
-    group = q.shape[1] // k.shape[1]
     mean = mean_key(list(k[::2]), far)
     sums = []
     for queries, keys, values in zip(q, k, v, strict=True):
@@ -160,11 +160,16 @@ def measure_layer(
         sums.append(
             window_sums(queries, keys, values, far, bounds, degree=HIGHEST_DEGREE, every=every)
         )
-    heads = [_measure_head(sums, head) for head in range(k.shape[1] * group)]
+    heads: dict[int, Head] = {}
+
+    def measure(head: int) -> None:
+        heads[head] = _measure_head(sums, head)
+
+    for_each(measure, range(q.shape[1]))
     return Layer(
         skipped=None,
         key_mean=tuple(tuple(row) for row in mean.tolist()),
-        heads=tuple(_choose(heads, request, q.shape[-1])),
+        heads=tuple(_choose([heads[n] for n in range(q.shape[1])], request, q.shape[-1])),
     )
 
 
