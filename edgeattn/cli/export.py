@@ -128,7 +128,7 @@ def command(
                 progress=progress,
             )
     except ProofError as error:
-        if error.details and not as_json:
+        if "agreements" in error.details and not as_json:
             print_verification(error.details, error_stream=True)
         raise
     if as_json:

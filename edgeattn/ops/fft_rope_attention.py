@@ -44,6 +44,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgeattn.attention import HIGHEST_DEGREE
 from edgeattn.ops.fft_rope_kernels import variants
 from edgeattn.ops.spec import (
     STANDARD_TOLERANCE,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXACT, FACTORISED, TOEPLITZ_FFT = 0, 1, 2
-HIGHEST_DEGREE = 4
 # P must be positive beyond the bound by this factor, for what L is rounded by.
 _MARGIN = 1.01
 # Below every finite exponent, for rows that no key has a weight for.

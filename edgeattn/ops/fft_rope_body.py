@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from edgeattn.ops.fft_rope_attention import HIGHEST_DEGREE, LOWEST
+from edgeattn.attention import HIGHEST_DEGREE
+from edgeattn.ops.fft_rope_attention import LOWEST
 from edgeattn.ops.function import Body
 
 

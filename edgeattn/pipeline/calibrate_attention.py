@@ -251,7 +251,7 @@ def _report(
         context,
         None if target is None else target.name,
         attention_gain(shape, chosen, near, context, machine),
-        {degree: crossover(width, width, degree) for degree in degrees},
+        {degree: crossover(width, width, degree, near=near) for degree in degrees},
         {degree: speed_crossover(shape, degree, near, machine) for degree in degrees}
         if machine is not None
         else {},
@@ -286,7 +286,7 @@ def cost_notes(heads: PolynomialHeads, shape: ModelShape, context: int) -> dict[
         f"of {context:,} tokens",
     }
     for degree in sorted({degree for degree, _ in _chosen(heads).values()}):
-        tokens = crossover(shape.head_dim, shape.head_dim, degree)
+        tokens = crossover(shape.head_dim, shape.head_dim, degree, near=heads.sink + heads.window)
         notes[f"degree {degree}"] = f"takes fewer FLOPs from {tokens:,.0f} tokens on"
     return notes
 

@@ -52,9 +52,21 @@ def fft_flops(width: int, value_width: int, degree: int, context: int) -> float:
     return features(width, degree) * (value_width + 1) * per_term
 
 
-def crossover(width: int, value_width: int, degree: int, *, causal: bool = True) -> float:
-    """Context from which features take fewer FLOPs than exact attention, in tokens."""
-    flops = factorised_flops(width, value_width, degree)
+def crossover(
+    width: int, value_width: int, degree: int, *, near: int = 0, causal: bool = True
+) -> float:
+    """Context from which features take fewer FLOPs than exact attention, in tokens.
+
+    Args:
+        width: of queries and keys.
+        value_width: of values.
+        degree: of the polynomial.
+        near: keys of a row that are exact.
+        causal: whether rows see no later keys.
+    """
+    flops = factorised_flops(width, value_width, degree) + near * exact_flops(
+        width, value_width, 1, causal=False
+    )
     return flops / exact_flops(width, value_width, 1, causal=causal)
 
 

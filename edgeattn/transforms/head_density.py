@@ -32,7 +32,8 @@ def layer_slots(
 ) -> dict[int, int]:
     """Active heads or KV groups of each layer that gets a router; the others are dense.
 
-    All layers but the first have floor(density x units), or by importance as many in all.
+    All layers but the first have floor(density x units), or by importance as many in all. Layers
+    with a sliding window stay dense: the operator sees all keys.
 
     Args:
         model: dense.
@@ -43,8 +44,9 @@ def layer_slots(
     shape = model.shape
     units = num_units(shape, request)
     slots = math.floor(request.density * units)
-    found = dict.fromkeys(range(DENSE_LAYERS, shape.num_layers), slots)
-    if request.layers == "importance":
+    layers = range(DENSE_LAYERS, shape.num_layers)
+    found = {n: slots for n in layers if shape.layer_kind(n).window is None}
+    if request.layers == "importance" and found:
         costs = sparsity_costs(model, units, split_windows(windows)[1], progress=progress)
         found = cheapest_slots({layer: costs[layer] for layer in found}, slots * len(found))
     return {layer: count for layer, count in found.items() if count < units}

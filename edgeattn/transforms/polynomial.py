@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeattn.attention import FftRopeRequest
+from edgeattn.attention import HIGHEST_DEGREE, FftRopeRequest
 from edgeattn.calibration.far_sums import (
     FarField,
     WindowSums,
@@ -33,7 +33,7 @@ from edgeattn.calibration.work import WorkFolder, write_text
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import embed_windows, window_inputs
-from edgeattn.ops.fft_rope_attention import EXACT, FACTORISED, HIGHEST_DEGREE
+from edgeattn.ops.fft_rope_attention import EXACT, FACTORISED
 from edgeattn.planner.polynomial_heads import Candidate, Head, Layer, PolynomialHeads
 
 # How much farther than in the fitted windows a score may lie before its row is exact.
