@@ -10,10 +10,11 @@ from edgeattn.attention import FftRopeRequest, HeadSparseRequest
 from edgeattn.devices.registry import parse_target
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.attention_calibration import attention_text
 from edgeattn.planner.head_sparsity import WORTH_IT, cache_share, decode_speedup
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.planner.memory import cache_bytes_per_token, weight_bytes
-from edgeattn.recipe import CALIBRATION_LENGTH, Recipe
+from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -102,7 +103,6 @@ def _fft_rope(
 ) -> tuple[Model, dict[str, Any]]:
     from edgeattn.models.model import checkpoint_digest
     from edgeattn.pipeline.calibrate_attention import (
-        LENGTH,
         CalibrationText,
         calibrated_heads,
         cost_notes,
@@ -116,9 +116,8 @@ def _fft_rope(
         check_fits(heads, model.shape, checkpoint_digest(checkpoint))
     else:
         assert recipe.calibration is not None
-        length = min(LENGTH, context)
-        # As many tokens as other calibrations take, in longer windows.
-        windows = max(2, recipe.calibration_windows * CALIBRATION_LENGTH // length)
+        asked = (model.shape, lowering.context, recipe.calibration_windows)
+        windows, length = attention_text(request, *asked)
         options = ("--context", "--calibration-windows")
         text = CalibrationText(Path(recipe.calibration), length, windows, *options)
         made_from = {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}

@@ -16,6 +16,7 @@ from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
 from edgeattn.pipeline.transform import open_checked, require_torch
 from edgeattn.pipeline.work import own_work, require_output
+from edgeattn.planner.attention_calibration import FAR_LENGTH
 from edgeattn.planner.polynomial import (
     Gain,
     attention_gain,
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.model import Model
 
-# Tokens of a window, where the model's context is as long; and how many windows.
-LENGTH, WINDOWS = 2048, 8
+# Of a text, where nothing else is asked for.
+WINDOWS = 8
 # Rows of a window that have far keys, at least.
 _LEAST_ROWS = 64
 _IMAGE = ".png"
@@ -268,7 +269,7 @@ def _report(
 def _length(shape: ModelShape, request: FftRopeRequest, text: CalibrationText) -> int:
     from edgeattn.calibration.far_sums import FarField
 
-    length = min(LENGTH, shape.max_context) if text.length is None else text.length
+    length = min(FAR_LENGTH, shape.max_context) if text.length is None else text.length
     least = FarField(request.sink, request.window).first_row + _LEAST_ROWS
     if not least <= length <= shape.max_context:
         raise UsageError(

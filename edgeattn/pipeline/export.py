@@ -26,6 +26,7 @@ from edgeattn.pipeline.transform import (
     transform,
 )
 from edgeattn.pipeline.work import open_work
+from edgeattn.planner.attention_calibration import FAR_LENGTH
 from edgeattn.planner.estimate import Estimate, estimate
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 
 EVAL_WINDOWS, EVAL_LENGTH = 12, 512
-# Of a model with far keys, which as many tokens in longer windows show.
-_FAR_LENGTH = 2048
 # What the name of a folder should not hold.
 _NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -339,7 +338,7 @@ def _eval_windows(
     windows, length = EVAL_WINDOWS, EVAL_LENGTH
     if isinstance(lowering.request, FftRopeRequest):
         exact = lowering.request.sink + lowering.request.window
-        length = max(_FAR_LENGTH, 2 * exact)
+        length = max(FAR_LENGTH, 2 * exact)  # as many tokens, in windows that have far keys
         windows = max(1, EVAL_WINDOWS * EVAL_LENGTH // length)
     return eval_windows(
         read_text(Path(recipe.eval_text)),
