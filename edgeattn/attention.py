@@ -143,6 +143,12 @@ def parse_attention(text: str) -> AttentionRequest:
         if key in values:
             raise _refused(f"{key} once", "it was given twice", "leave one out")
         values[key] = _OPTIONS[key](key, value)
+    if "heads" in values and len(values) > 1:
+        raise _refused(
+            "heads=FILE alone, which says degree, sink, window and tolerance itself",
+            f"{', '.join(key for key in values if key != 'heads')} came with it",
+            "leave out the others, or heads=",
+        )
     if kind is HeadSparseRequest and "density" not in values:
         raise _refused(
             "head-sparse:density=D, the share of heads that stay active",
@@ -173,7 +179,9 @@ def _tolerance(key: str, value: str) -> float:
 
 def _density(key: str, value: str) -> Fraction:
     # Not all that Fraction reads: 1e-9 of a head, or an exponent that fills the memory.
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})|(\d?\.?\d{1,9})(%?)|(\d{2,3}(?:\.\d{1,9})?)%", value)
+    found = re.fullmatch(
+        r"(\d{1,12})/(\d{1,12})|(\d?\.?\d{1,9})(%?)|(\d{2,3}(?:\.\d{1,9})?)%", value
+    )
     share = Fraction(0)
     if found and found[1] and int(found[2]):
         share = Fraction(int(found[1]), int(found[2]))

@@ -22,8 +22,10 @@ from edgeattn.errors import UsageError
 
 def test_defaults_and_options() -> None:
     assert parse_attention("fft-rope") == FftRopeRequest()
-    found = parse_attention("fft-rope:degree=1,sink=0,window=128,tolerance=2.5%,heads=a/b.json")
-    assert found == FftRopeRequest(1, 0, 128, 0.025, "a/b.json")
+    found = parse_attention("fft-rope:degree=1,sink=0,window=128,tolerance=2.5%")
+    assert found == FftRopeRequest(1, 0, 128, 0.025)
+    found = parse_attention("fft-rope:heads=a/b.json")
+    assert found == FftRopeRequest(heads="a/b.json")
     assert not found.needs_calibration
     found = parse_attention("head-sparse:density=7/9,unit=groups,layers=importance")
     assert found == HeadSparseRequest(Fraction(7, 9), "groups", "importance")
@@ -63,6 +65,7 @@ def test_densities(text: str, density: str) -> None:
         ("fft-rope:tolerance=0", "between 0 and 1"),
         ("fft-rope:tolerance=inf", "between 0 and 1"),
         ("fft-rope:tolerance", "between 0 and 1"),
+        ("fft-rope:heads=a,window=128", "heads=FILE alone"),
         ("fft-rope:density=0.5", "a known option of fft-rope"),
     ],
 )
@@ -71,7 +74,10 @@ def test_refusals(text: str, part: str) -> None:
         parse_attention(text)
 
 
-@given(st.text(max_size=30).map("head-sparse:density={}".format) | st.text(max_size=30))
+DENSITIES = st.from_regex(r"[0-9]{0,2}[./]?[0-9]{1,10}%?", fullmatch=True)
+
+
+@given(DENSITIES.map("head-sparse:density={}".format) | st.text(max_size=30))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         found = parse_attention(text)

@@ -43,6 +43,11 @@ class FarField:
     sink: int
     window: int
 
+    @property
+    def first_row(self) -> int:
+        """The first that is measured: earlier ones have few far keys, or none."""
+        return max(FIRST_ROW, self.sink + self.window)
+
     def mask(self, rows: range) -> Tensor:
         """Where keys are far, `[rows, rows.stop]` bool, for keys up to the last row."""
         keys = torch.arange(rows.stop)
@@ -52,7 +57,7 @@ class FarField:
 
 @dataclass(frozen=True)
 class WindowSums:
-    """The sums of a layer's heads over one window of L tokens, R rows of them from FIRST_ROW on.
+    """The sums of a layer's heads over one window of L tokens, R rows of them from the first on.
 
     Attributes:
         gram: G of each row, `[H, R, g + 2, g + 2]` fp64.
@@ -122,7 +127,7 @@ def window_sums(
         every: rows from one that is measured to the next.
     """
     length, step = q.shape[1], _ROWS * every
-    starts = range(FIRST_ROW, length, step)
+    starts = range(far.first_row, length, step)
     places = [range(start, min(start + step, length), every) for start in starts]
     blocks = [_block(q, k, v, far, rows, degree) for rows in places]
     columns = zip(*blocks, strict=True)

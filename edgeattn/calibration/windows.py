@@ -73,7 +73,11 @@ def token_windows(
 
 
 def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows to learn from and windows to judge by, the latter spread over the text."""
+    """Windows to learn from and windows to judge by, the latter spread over the text.
+
+    Raises:
+        UsageError: there are fewer than two.
+    """
     count = len(windows)
     if count < 2:
         raise UsageError(

@@ -90,7 +90,7 @@ def print_polynomial_heads(heads: PolynomialHeads) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    degree = heads.degree - heads.degree % 2
+    degree = heads.degree
     table = Table(
         box=box.SIMPLE,
         title=f"medians over heads, errors of degree {degree}: fitted, and Taylor's",
@@ -113,7 +113,8 @@ def _layer_row(layer: Layer, degree: int) -> list[str]:
         return statistics.median(float(getattr(head, name)) for head in layer.heads)
 
     fitted, taylor = (
-        [head.error(degree, fitted=one) or 0.0 for head in layer.heads] for one in (True, False)
+        [head.error(degree, fitted=one) or 0.0 for head in layer.heads]
+        for one in (degree % 2 == 0, False)
     )
     errors = (min(fitted), statistics.median(fitted), statistics.median(taylor))
     return [

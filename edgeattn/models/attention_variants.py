@@ -75,7 +75,9 @@ def attend_variant(
 ) -> Tensor:
     """The attention of a layer by its operator, `[B, H, T, D]`.
 
-    The operators are defined up to fp32; wider tensors are computed in fp32.
+    The operators are defined up to fp32; wider tensors are computed in fp32. Where new tokens of a
+    row are padded behind a past, its first one stands in their place too, which FftRopeAttention's
+    count of fallbacks sees.
 
     Args:
         attention: of the layer.

@@ -81,15 +81,15 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 that tells a checkpoint from others of the same architecture.
 
     Its fingerprint is over config and headers, which fine-tuned models share, and what is measured
-    on one of them would fit the shape of the others; the weights of each layer's first query are
-    added.
+    on one of them would fit the shape of the others; the first row of every parameter is added.
     """
     digest = hashlib.sha256(str(checkpoint.identity["fingerprint"]).encode())
     weights = model_of(checkpoint).weights
-    for index in range(checkpoint.shape.num_layers):
-        weight = weights.read(f"layers.{index}.self_attn.q_proj.weight")
+    for name in parameter_names(checkpoint.shape):
+        weight = weights.read(name)
         assert isinstance(weight, Tensor)
-        digest.update(weight[0].float().numpy().tobytes())
+        row = weight[0] if weight.dim() > 1 else weight
+        digest.update(row.float().numpy().tobytes())
     return digest.hexdigest()
 
 

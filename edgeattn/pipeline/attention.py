@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.attention import FftRopeRequest, HeadSparseRequest
+from edgeattn.devices.registry import parse_target
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.attention_calibration import attention_text
 from edgeattn.planner.head_sparsity import WORTH_IT, cache_share, decode_speedup
-from edgeattn.planner.lowering import Lowering
+from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.planner.memory import cache_bytes_per_token, weight_bytes
 from edgeattn.recipe import Recipe
+from edgeattn.shape import ModelShape
 
 if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
@@ -81,6 +85,13 @@ def with_attention(
     return _head_sparse(request, *arguments)
 
 
+def without_variant(recipe: Recipe, lowering: Lowering, shape: ModelShape) -> Lowering:
+    """The lowering of a recipe whose attention variant no layer of the model takes."""
+    target = parse_target(recipe.target)
+    plain = plan_lowering(replace(recipe, attention=()), target)
+    return fit_lowering(replace(plain, dtype=lowering.dtype), shape, target)
+
+
 def _fft_rope(
     request: FftRopeRequest,
     checkpoint: Checkpoint,
@@ -91,19 +102,26 @@ def _fft_rope(
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
     from edgeattn.models.model import checkpoint_digest
-    from edgeattn.pipeline.calibrate_attention import CalibrationText, calibrated_heads, cost_notes
+    from edgeattn.pipeline.calibrate_attention import (
+        CalibrationText,
+        calibrated_heads,
+        cost_notes,
+    )
     from edgeattn.planner.polynomial_heads import check_fits, read_polynomial_heads
     from edgeattn.transforms.polynomial import with_polynomials
 
+    context = lowering.context or checkpoint.shape.max_context
     if request.heads is not None:
         heads = read_polynomial_heads(Path(request.heads))
-        check_fits(heads, checkpoint.shape, checkpoint_digest(checkpoint))
+        check_fits(heads, model.shape, checkpoint_digest(checkpoint))
     else:
         assert recipe.calibration is not None
-        text = CalibrationText(Path(recipe.calibration))
+        asked = (model.shape, lowering.context, recipe.calibration_windows)
+        windows, length = attention_text(request, *asked)
+        options = ("--context", "--calibration-windows")
+        text = CalibrationText(Path(recipe.calibration), length, windows, *options)
         made_from = {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}
         heads = calibrated_heads(checkpoint, model, request, text, made_from, work, clock)
-    context = lowering.context or checkpoint.shape.max_context
     notes = cost_notes(heads, checkpoint.shape, context)
     return with_polynomials(model, heads), {"polynomial heads": notes}
 

@@ -16,10 +16,11 @@ from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.heat_map import HAS_MATPLOTLIB, heat_map
 from edgeattn.pipeline.transform import open_checked, require_torch
 from edgeattn.pipeline.work import own_work, require_output
+from edgeattn.planner.attention_calibration import FAR_LENGTH
 from edgeattn.planner.polynomial import (
     Gain,
     attention_gain,
-    crossover,
+    flops_crossover,
     machine_of,
     speed_crossover,
 )
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.model import Model
 
-# Tokens of a window, where the model's context is as long; and how many windows.
-LENGTH, WINDOWS = 2048, 8
+# Of a text, where nothing else is asked for.
+WINDOWS = 8
+# Rows of a window that have far keys, at least.
+_LEAST_ROWS = 64
+_IMAGE = ".png"
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,15 @@ class CalibrationText:
         file: plain text, or a folder of such.
         length: tokens of a window; None takes 2048, or the model's context where it is shorter.
         windows: how many, half of them to fit and half to judge by.
+        length_option: with which a user says the length.
+        windows_option: and how many.
     """
 
     file: Path
     length: int | None = None
     windows: int = WINDOWS
+    length_option: str = "--length"
+    windows_option: str = "--windows"
 
 
 def calibrate_polynomial_heads(
@@ -138,11 +146,11 @@ def calibrate_polynomial_heads(
     read_text(text.file)
     machine = None if target is None else parse_target(target)
     if output is not None:
-        require_output(output, force=force)
+        _require_outputs(output, force=force)
     clock = Clock(progress)
     checkpoint, _ = open_checked(model, lambda outline: None, clock, offline=offline)
     path = output or Path(f"{checkpoint.name}-fft-rope.json")
-    require_output(path, force=force)
+    _require_outputs(path, force=force)
     _length(checkpoint.shape, request, text)
     at = _context(checkpoint.shape, context)
     from edgeattn.models.model import model_of
@@ -190,7 +198,7 @@ def calibrated_heads(
         windows=text.windows,
         length=length,
         vocab_size=checkpoint.shape.vocab_size,
-        option="--windows",
+        option=text.windows_option,
     )
     about: dict[str, Any] = {
         "edgeattn": __version__,
@@ -221,12 +229,12 @@ def _write(path: Path, heads: PolynomialHeads, clock: Clock) -> Path | None:
     """The JSON file and, with matplotlib, the heat map; each appears whole or not at all."""
     from edgeattn.calibration.work import write_bytes, write_text
 
+    write_text(path, heads.model_dump_json(indent=1) + "\n")
     image = None
     if HAS_MATPLOTLIB:
         clock.start("drawing")
-        image = path.with_suffix(".png")
+        image = path.with_suffix(_IMAGE)
         write_bytes(image, heat_map(heads))
-    write_text(path, heads.model_dump_json(indent=1) + "\n")
     clock.stop()
     return image
 
@@ -243,7 +251,6 @@ def _report(
     machine, near = None if target is None else machine_of(target), heads.sink + heads.window
     chosen = _chosen(heads)
     degrees = sorted({degree for degree, _ in chosen.values()})
-    width = shape.head_dim
     return PolynomialReport(
         path,
         image,
@@ -251,7 +258,7 @@ def _report(
         context,
         None if target is None else target.name,
         attention_gain(shape, chosen, near, context, machine),
-        {degree: crossover(width, width, degree, near=near) for degree in degrees},
+        {degree: flops_crossover(shape.head_dim, degree, near) for degree in degrees},
         {degree: speed_crossover(shape, degree, near, machine) for degree in degrees}
         if machine is not None
         else {},
@@ -260,18 +267,30 @@ def _report(
 
 
 def _length(shape: ModelShape, request: FftRopeRequest, text: CalibrationText) -> int:
-    from edgeattn.calibration.far_sums import FIRST_ROW
+    from edgeattn.calibration.far_sums import FarField
 
-    length = min(LENGTH, shape.max_context) if text.length is None else text.length
-    least = max(FIRST_ROW, request.sink + request.window) + 1
+    length = min(FAR_LENGTH, shape.max_context) if text.length is None else text.length
+    least = FarField(request.sink, request.window).first_row + _LEAST_ROWS
     if not least <= length <= shape.max_context:
         raise UsageError(
             expected=f"windows of {least} to {shape.max_context} tokens, which have far keys and "
             "which the model knows",
             came=f"the length is {length}",
-            todo="pass another --length, or a smaller sink and window",
+            todo=f"pass another {text.length_option}, or a smaller sink and window",
         )
     return length
+
+
+def _require_outputs(path: Path, *, force: bool) -> None:
+    """Refuses a place for the file, or for the heat map beside it, that is taken."""
+    if path.suffix == _IMAGE:
+        raise UsageError(
+            expected="a file for the heads, whose heat map lies beside it",
+            came=f"{path} has the name of a picture",
+            todo="choose a name such as heads.json with -o",
+        )
+    require_output(path, force=force)
+    require_output(path.with_suffix(_IMAGE), force=force)
 
 
 def cost_notes(heads: PolynomialHeads, shape: ModelShape, context: int) -> dict[str, Any]:
@@ -281,12 +300,13 @@ def cost_notes(heads: PolynomialHeads, shape: ModelShape, context: int) -> dict[
     share = heads.passed / measured if measured else 0.0
     notes: dict[str, Any] = {
         "passed": f"{heads.passed} of {measured} heads ({share:.1%}) within {heads.tolerance:.1%}",
-        "calibrated on": heads.text,
+        "calibrated on": f"{heads.text}, windows of {heads.length:,} tokens",
         "FLOPs of attention": f"{1 / gain.flops:.2f} times those of exact attention, for a prompt "
-        f"of {context:,} tokens",
+        f"of {context:,} tokens with the kernels, by arithmetic; a function body computes all "
+        "scores and saves none",
     }
     for degree in sorted({degree for degree, _ in _chosen(heads).values()}):
-        tokens = crossover(shape.head_dim, shape.head_dim, degree, near=heads.sink + heads.window)
+        tokens = flops_crossover(shape.head_dim, degree, heads.sink + heads.window)
         notes[f"degree {degree}"] = f"takes fewer FLOPs from {tokens:,.0f} tokens on"
     return notes
 

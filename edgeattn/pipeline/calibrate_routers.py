@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +151,7 @@ def calibrate_routers(
         # Before the long work: a text may be too short.
         judged = [(file.name, _eval_windows(checkpoint, texts[file])) for file in eval_texts]
         dense = model_of(checkpoint)
+        dense = replace(dense, shape=dense.shape.within(dense.shape.max_context))
         made_from = routers_made_from(checkpoint, request, about)
         routers = train_on_text(dense, request, found, work, made_from, clock)
         losses = tuple(_judge(dense, routers, *named, clock) for named in judged)
@@ -274,6 +275,7 @@ def _windows(
         windows=windows,
         length=window_length(checkpoint.shape, None) if length is None else length,
         vocab_size=checkpoint.shape.vocab_size,
+        option="--windows",
     )
     about = {"text": name, "text_sha256": text_sha256(text)}
     return found, {**about, "windows": found.shape[0], "length": found.shape[1]}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
@@ -25,6 +26,7 @@ from edgeattn.pipeline.transform import (
     transform,
 )
 from edgeattn.pipeline.work import open_work
+from edgeattn.planner.attention_calibration import FAR_LENGTH
 from edgeattn.planner.estimate import Estimate, estimate
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
@@ -264,7 +266,7 @@ def _export(
     tokens = proof_tokens(checkpoint)
     windows = _eval_windows(checkpoint, recipe, lowering)
     transformed = transform(checkpoint, recipe, lowering, work, clock)
-    model = transformed.model
+    model, lowering = transformed.model, transformed.lowering
     clock.start("writing the graph")
     graph = export_graph(
         model,
@@ -333,11 +335,16 @@ def _eval_windows(
 
     if recipe.eval_text is None:
         return None
+    windows, length = EVAL_WINDOWS, EVAL_LENGTH
+    if isinstance(lowering.request, FftRopeRequest):
+        exact = lowering.request.sink + lowering.request.window
+        length = max(FAR_LENGTH, 2 * exact)  # as many tokens, in windows that have far keys
+        windows = max(1, EVAL_WINDOWS * EVAL_LENGTH // length)
     return eval_windows(
         read_text(Path(recipe.eval_text)),
         checkpoint.text.get(layout.TOKENIZER),
-        windows=EVAL_WINDOWS,
-        length=min(EVAL_LENGTH, lowering.context or checkpoint.shape.max_context),
+        windows=windows,
+        length=min(length, lowering.context or checkpoint.shape.max_context),
     )
 
 

@@ -17,18 +17,19 @@ def heat_map(heads: PolynomialHeads) -> bytes:
     """A PNG of the output's relative error by layer and head, those that take polynomials marked.
 
     Args:
-        heads: whose fitted polynomials of the highest even degree that was allowed are shown.
+        heads: whose polynomials of the highest degree that was allowed are shown: fitted ones, or
+            Taylor's of an odd degree.
     """
     from matplotlib import colors
     from matplotlib.figure import Figure
 
-    degree = heads.degree - heads.degree % 2
+    degree = heads.degree
     count = max((len(layer.heads) for layer in heads.layers), default=0) or 1
     errors = [[math.nan] * count for _ in heads.layers]
     marks = []
     for index, layer in enumerate(heads.layers):
         for head, about in enumerate(layer.heads):
-            found = about.error(degree, fitted=True)
+            found = about.error(degree, fitted=degree % 2 == 0)
             errors[index][head] = math.nan if found is None else max(found, _LEAST)
             if about.chosen is not None:
                 marks.append((head, index))

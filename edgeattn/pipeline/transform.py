@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
-from edgeattn.pipeline.attention import require_attention, with_attention
+from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
@@ -35,10 +35,12 @@ class Transformed:
 
     Attributes:
         model: transformed and quantised.
+        lowering: that was given, or the one without an attention variant that no layer takes.
         notes: what each transform reports, JSON-ready, by name.
     """
 
     model: Model
+    lowering: Lowering
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -145,6 +147,9 @@ def transform(
         notes = {**_quantized_before(checkpoint), **notes}
     model, about = with_attention(checkpoint, model, recipe, lowering, work, clock)
     notes = {**notes, **about}
+    if lowering.variant is not None and not model.shape.has_variants:
+        notes["attention"] = f"no layer takes {lowering.variant}: all stay as they are"
+        lowering = without_variant(recipe, lowering, model.shape)
     if lowering.attention == "group-query":
         model = fuse_projections(model)
         if not model.shape.fused:
@@ -152,7 +157,7 @@ def transform(
                 "not stacked (q, k and v; gate and up), as some of them are kept at higher "
                 "precision: decoding is a little slower"
             )
-    return Transformed(model, notes)
+    return Transformed(model, lowering, notes)
 
 
 def _on_text(

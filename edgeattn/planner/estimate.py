@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeattn.attention import FftRopeRequest
+from edgeattn.planner.attention_calibration import attention_bytes, attention_seconds
 from edgeattn.planner.calibration import (
     calibration_bytes,
     calibration_seconds,
@@ -135,6 +136,11 @@ def estimate(
         streams = calibration_bytes(shape, scheme, *text)
         learning = learning_bytes(shape, text[1]) if "learning" in seconds else 0
         memory = max(memory, _BASE_MEMORY + max(table + streams, learning))
+    request = lowering.request
+    if request is not None and request.needs_calibration:
+        asked = (shape, lowering.context, calibration_windows)
+        seconds["attention variant"] = attention_seconds(request, *asked)
+        memory = max(memory, _BASE_MEMORY + attention_bytes(request, *asked))
     context = lowering.context or shape.max_context
     per_token = cache_bytes_per_token(shape, lowering)
     weights = weight_file_bytes(shape, lowering)

@@ -80,7 +80,7 @@ class Lowering:
     @property
     def decides_at_run_time(self) -> bool:
         """Whether a last bit can change much: what is rounded to int8, which heads are active."""
-        return self.scheme.rounds_at_run_time or self.variant is not None
+        return self.scheme.rounds_at_run_time or self.is_sparse_in_decoding
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the manifest and `--dry-run`."""
@@ -179,7 +179,10 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
             came=f"--context is {lowering.context}",
             todo="ask for less",
         )
-    within = shape.within(lowering.context or shape.max_context)
+    context = lowering.context or shape.max_context
+    if isinstance(lowering.request, FftRopeRequest) and lowering.request.heads is None:
+        _check_far_keys(lowering.request, context)
+    within = shape.within(context)
     return _fit_attention(lowering, within, target.software.graph)
 
 
@@ -203,6 +206,16 @@ def check_request(request: AttentionRequest, shape: ModelShape) -> None:
             expected=f"a density of at least 1/{units}: one of the model's {units} {request.unit}",
             came=f"{request.label} leaves none",
             todo="ask for a higher density",
+        )
+
+
+def _check_far_keys(request: FftRopeRequest, context: int) -> None:
+    exact = request.sink + request.window
+    if context <= exact:
+        raise LoweringError(
+            expected=f"a context beyond the {exact} keys that {request.label} leaves exact",
+            came=f"it is {context}, so that no key would be far",
+            todo="ask for a smaller window, or leave out --attention",
         )
 
 

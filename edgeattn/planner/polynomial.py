@@ -21,8 +21,8 @@ from math import comb
 from edgeattn.devices.registry import Target
 from edgeattn.shape import ModelShape
 
-# Rows of a prompt between two passes over the state.
-CHUNK = 128
+# A shorter prompt is read key by key.
+LEAST_SEGMENTS = 4
 _STATE_BYTES = 4  # fp32, whatever the model computes in
 
 
@@ -52,22 +52,35 @@ def fft_flops(width: int, value_width: int, degree: int, context: int) -> float:
     return features(width, degree) * (value_width + 1) * per_term
 
 
-def crossover(
-    width: int, value_width: int, degree: int, *, near: int = 0, causal: bool = True
-) -> float:
-    """Context from which features take fewer FLOPs than exact attention, in tokens.
+def crossover(width: int, value_width: int, degree: int, *, causal: bool = True) -> float:
+    """Context from which features alone take fewer FLOPs than exact attention, in tokens."""
+    flops = factorised_flops(width, value_width, degree)
+    return flops / exact_flops(width, value_width, 1, causal=causal)
+
+
+def segment_length(width: int, degree: int) -> int:
+    """Keys between two states that the kernels keep; those behind the last are read one by one."""
+    return max(512, width**2 // 2 if degree > 1 else 0)
+
+
+def flops_crossover(width: int, degree: int, near: int) -> float:
+    """Context from which a head takes fewer FLOPs in the kernels than exact attention, in tokens.
 
     Args:
-        width: of queries and keys.
-        value_width: of values.
+        width: of queries, keys and values.
         degree: of the polynomial.
-        near: keys of a row that are exact.
-        causal: whether rows see no later keys.
+        near: keys of a row that are exact, first ones and window.
     """
-    flops = factorised_flops(width, value_width, degree) + near * exact_flops(
-        width, value_width, 1, causal=False
-    )
-    return flops / exact_flops(width, value_width, 1, causal=causal)
+    segment = segment_length(width, degree)
+    flops = factorised_flops(width, width, degree) + _read_flops(width, degree, near)
+    least = flops / exact_flops(width, width, 1)
+    return max(least, LEAST_SEGMENTS * segment)
+
+
+def _read_flops(width: int, degree: int, near: int) -> float:
+    """Per token, for keys that are read one by one: near ones, and half a segment on the mean."""
+    keys = near + segment_length(width, degree) / 2
+    return exact_flops(width, width, keys, causal=False)
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def exact_cost(shape: ModelShape, context: int, element_bytes: int) -> HeadCost:
 def polynomial_cost(
     shape: ModelShape, degree: int, near: int, context: int, element_bytes: int
 ) -> HeadCost:
-    """Of a head by features, its near keys exactly.
+    """Of a head in the kernels: by features, keys of the last segment and near ones one by one.
 
     Args:
         shape: for the width of heads.
@@ -130,10 +143,11 @@ def polynomial_cost(
         context: length of the prompt.
         element_bytes: of a query, key or value.
     """
-    width = shape.head_dim
-    flops = factorised_flops(width, width, degree)
-    flops += 2 * min(near, context) * 2 * width
-    moved = 2 * state_bytes(width, width, degree) / CHUNK + 4 * width * element_bytes
+    width, segment = shape.head_dim, segment_length(shape.head_dim, degree)
+    if context < LEAST_SEGMENTS * segment:
+        return exact_cost(shape, context, element_bytes)
+    flops = factorised_flops(width, width, degree) + _read_flops(width, degree, near)
+    moved = 2 * state_bytes(width, width, degree) / segment + 4 * width * element_bytes
     return HeadCost(flops, moved)
 
 

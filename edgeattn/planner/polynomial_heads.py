@@ -220,6 +220,11 @@ def check_fits(heads: PolynomialHeads, shape: ModelShape, fingerprint: str) -> N
     for index, layer in enumerate(heads.layers):
         if layer.skipped is not None and not layer.heads:
             continue
+        if layer.passed and shape.layer_kind(index).window is not None:
+            raise _refused(
+                "polynomial heads in layers that see all keys",
+                f"layer {index} sees a sliding window of them",
+            )
         widths = {len(mean) for mean in layer.key_mean}
         found = (len(layer.heads), len(layer.key_mean), *widths)
         if found != wanted:

@@ -3,7 +3,7 @@
 Polar Sparsity (arXiv 2505.14884) trains it as a classifier of the heads whose outputs are longest.
 Here it is fitted to the logarithm of these lengths, by least squares, unless asked otherwise: a
 mistake between two heads of nearly the same length then costs little. On SmolLM2-135M with 7 of 9
-heads perplexity is 25.98 where the classifier, whose recall is higher, gives 26.31.
+heads perplexity is 26.06 where the classifier, whose recall is higher, gives 26.30.
 """
 
 from __future__ import annotations

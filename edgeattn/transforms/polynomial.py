@@ -34,6 +34,7 @@ from edgeattn.errors import LoweringError, UsageError
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import embed_windows, window_inputs
 from edgeattn.ops.fft_rope_attention import EXACT, FACTORISED
+from edgeattn.planner.polynomial import features
 from edgeattn.planner.polynomial_heads import Candidate, Head, Layer, PolynomialHeads
 from edgeattn.quant.threads import for_each
 
@@ -45,6 +46,10 @@ _LEAST_MARGIN, _POSITIVE_MARGIN = 1.01, 1.02
 _REAL = 1e-9
 # A polynomial that serves fewer rows than this is none.
 _MOST_FALLBACKS = 0.05
+# Less than the sum of squares of any output that is not zero.
+_NOTHING = 1e-30
+# A degree with more features than degree 2 of 128 coordinates is told, never chosen.
+_MOST_FEATURES = 8385
 # One row in so many is measured: neighbours are much alike.
 ROW_STEP = 4
 
@@ -164,7 +169,7 @@ def measure_layer(
     return Layer(
         skipped=None,
         key_mean=tuple(tuple(row) for row in mean.tolist()),
-        heads=tuple(_choose([heads[head] for head in range(q.shape[1])], request)),
+        heads=tuple(_choose([heads[n] for n in range(q.shape[1])], request, q.shape[-1])),
     )
 
 
@@ -197,7 +202,8 @@ def _measure_head(sums: Sequence[WindowSums], head: int) -> Head:
 def row_errors(sums: Sequence[WindowSums], head: int) -> RowErrors:
     """What a head's error depends on in some windows, each of the same importance."""
     energies = [s.energy[head] for s in sums]
-    importance = [1 / (len(sums) * e.sum()).expand(len(e)) for e in energies]
+    # A head that gives nothing errs by nothing.
+    importance = [1 / (len(sums) * e.sum().clamp(min=_NOTHING)).expand(len(e)) for e in energies]
     gram, weight = (torch.cat([getattr(s, n)[head] for s in sums]) for n in ("gram", "weight"))
     return RowErrors(gram, weight, torch.cat(importance))
 
@@ -224,13 +230,13 @@ def _usable_up_to(coefficients: Tensor, bound: float) -> float:
     return min(bound, float(real.min()) / _POSITIVE_MARGIN)
 
 
-def _choose(heads: Sequence[Head], request: FftRopeRequest) -> list[Head]:
+def _choose(heads: Sequence[Head], request: FftRopeRequest, width: int) -> list[Head]:
     """The same heads with their polynomials.
 
     The node of a layer has one degree: the highest that a head needs. What it costs is paid by
     all, so that each takes the highest degree up to that which serves it.
     """
-    within = [_within(head, request) for head in heads]
+    within = [_within(head, request, width) for head in heads]
     needed = max((min(degrees) for degrees in within if degrees), default=0)
     chosen = []
     for head, degrees in zip(heads, within, strict=True):
@@ -240,12 +246,13 @@ def _choose(heads: Sequence[Head], request: FftRopeRequest) -> list[Head]:
     return chosen
 
 
-def _within(head: Head, request: FftRopeRequest) -> dict[int, int]:
+def _within(head: Head, request: FftRopeRequest, width: int) -> dict[int, int]:
     """Degrees that serve a head, and the candidate of each."""
     return {
         candidate.degree: index
         for index, candidate in enumerate(head.candidates)
         if candidate.degree <= request.degree
+        and features(width, candidate.degree) <= _MOST_FEATURES
         and candidate.fitted == (candidate.degree % 2 == 0)
         and candidate.error <= request.tolerance
         and candidate.fallback <= _MOST_FALLBACKS

@@ -130,6 +130,11 @@ def _layer(
     units: int,
 ) -> RoutedLayer:
     slots, recall = values.get("slots"), values.get("recall")
+    if index < shape.num_layers and shape.layer_kind(index).window is not None:
+        raise _refusal(
+            f"routers in {path} of layers that see all keys",
+            f"layer {index} sees a sliding window of them",
+        )
     if index >= shape.num_layers or type(slots) is not int or not 1 <= slots <= units:
         raise _refusal(
             f"routers of {shape.num_layers} layers with up to {units} slots in {path}",

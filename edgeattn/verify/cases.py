@@ -72,7 +72,8 @@ def build_cases(
         exact: keys that polynomial attention treats exactly, so that the sequence goes beyond.
         ragged_steps: decode steps of the ragged case, at most.
     """
-    prefill = min(PREFILL_TOKENS + exact, max(1, context // 2))
+    half = max(1, context // 2)
+    prefill = min(PREFILL_TOKENS + exact, max(half, context - DECODE_STEPS) if exact else half)
     steps = min(DECODE_STEPS, context - prefill)
     ragged_steps = min(ragged_steps, max(RAGGED_STEPS, context - max(RAGGED_LENGTHS)))
     ids = _token_ids(vocab_size, prefill + steps + sum(RAGGED_LENGTHS) + 2 * ragged_steps, tokens)

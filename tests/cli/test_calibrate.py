@@ -124,7 +124,7 @@ def test_a_stop_leaves_no_half_file_and_goes_on(
     assert "goes on from there" in done.stderr
     assert names(tmp_path) == [".heads.json.layers", "text.txt"]
     assert not list(tmp_path.rglob("*.partial"))
-    refused = sentence(calibrate(length=180), 2)
+    refused = sentence(calibrate(length=198), 2)
     assert "started with another model, recipe or calibration text" in refused
     measured.clear()
     assert calibrate().exit_code == 0
@@ -135,7 +135,7 @@ def test_a_stop_leaves_no_half_file_and_goes_on(
 @pytest.mark.parametrize(
     ("changed", "exit_code", "words"),
     [
-        ({"length": 2000}, 2, "windows of 129 to 256 tokens"),
+        ({"length": 2000}, 2, "windows of 192 to 256 tokens"),
         ({"length": 100}, 2, "the length is 100"),
         ({"windows": 1}, 2, "at least 2 windows"),
         ({"windows": 0}, 2, "number of windows of at least 1"),
@@ -143,6 +143,7 @@ def test_a_stop_leaves_no_half_file_and_goes_on(
         ({"text": "nowhere.txt"}, 1, "nowhere.txt"),
         ({"context": 5000}, 2, "a context of 1 to 256 tokens"),
         ({"target": "toaster"}, 2, "a known target"),
+        ({"output": "heads.png"}, 2, "the name of a picture"),
         ({"output": "nowhere/heads.json"}, 1, "a folder for nowhere/heads.json"),
         ({"attention": "fft-rope:colour=red"}, 2, "option of fft-rope"),
         ({"attention": "fft-rope:heads=x.json"}, 2, "leave it out"),

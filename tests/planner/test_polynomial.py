@@ -7,7 +7,9 @@ from itertools import combinations_with_replacement
 import pytest
 
 from edgeattn.devices.registry import parse_target
+from edgeattn.ops.fft_rope_kernels import segments_of
 from edgeattn.planner.polynomial import (
+    LEAST_SEGMENTS,
     Machine,
     attention_gain,
     crossover,
@@ -16,8 +18,10 @@ from edgeattn.planner.polynomial import (
     factorised_flops,
     features,
     fft_flops,
+    flops_crossover,
     machine_of,
     polynomial_cost,
+    segment_length,
     speed_crossover,
     state_bytes,
 )
@@ -68,6 +72,25 @@ def test_crossovers_of_the_published_table(width, value_width, degree, count, fu
 def test_both_cost_the_same_at_the_crossover():
     context = crossover(64, 64, 2)
     assert exact_flops(64, 64, context) == pytest.approx(factorised_flops(64, 64, 2))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_segments_are_those_of_the_kernels(width, degree):
+    found = segments_of(100_000, 100_000, width, degree, 1)
+    assert found.length == segment_length(width, degree)
+    short = LEAST_SEGMENTS * found.length
+    assert segments_of(100_000, short, width, degree, 1).number == LEAST_SEGMENTS
+    assert segments_of(100_000, short - 1, width, degree, 1).number == 0
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_heads_cost_the_same_at_their_crossover(degree):
+    context = flops_crossover(64, degree, NEAR)
+    shorter = polynomial_cost(SHAPE, degree, NEAR, int(context) - 1, 2)
+    longer = polynomial_cost(SHAPE, degree, NEAR, int(context) + 1, 2)
+    assert shorter.flops >= exact_cost(SHAPE, int(context) - 1, 2).flops
+    assert longer.flops <= exact_cost(SHAPE, int(context) + 1, 2).flops
 
 
 def test_state():
@@ -121,7 +144,7 @@ def test_gain_grows_with_heads_and_context():
     some, all_heads = {0: (2, 9)}, {layer: (2, 9) for layer in range(4)}
     assert 1 < flops(some, 8192) < flops(all_heads, 8192)
     assert flops(all_heads, 8192) < flops(all_heads, 100_000)
-    assert flops(all_heads, 1024) < 1, "below the crossover features cost more"
+    assert flops(all_heads, 1024) == 1, "short prompts are read key by key"
     exact, polynomial = exact_cost(SHAPE, 8192, 2), polynomial_cost(SHAPE, 2, NEAR, 8192, 2)
     mean = (3 * exact.flops + polynomial.flops) / 4
     assert flops(some, 8192) == pytest.approx(exact.flops / mean)
