@@ -140,8 +140,8 @@ def attend(
         left, right = left * 0, right * 0 + SEGMENTS
         begin, stop, keys = begin * 0 + sink, stop * 0 + end, keys * 0
     is_summed = is_row & by_fft & (fallen == 0)
-    by_fft = by_fft & (fallen == 0) & sums_are_precise(
-        far_sums, norms, steps, is_summed, length, TQ, D
+    by_fft = (
+        by_fft & (fallen == 0) & sums_are_precise(far_sums, norms, steps, is_summed, length, TQ, D)
     )
     if by_fft:
         begin, stop = tl.maximum(first - window + 1, sink), tl.minimum(last + window, end)

@@ -151,7 +151,7 @@ def far_bias(
     """Log T at places of the circle, at least `_LOWEST`, which is that of keys that are not far."""
     offset = tl.where(places < S, places, places - POINTS)
     distance = tl.where(causal > 0, offset, tl.abs(offset))
-    far = (places < POINTS) & ((offset >= 0) | (offset > -TQ)) & (distance >= window)
+    far = (places < POINTS) & (offset > -tl.minimum(TQ, S)) & (distance >= window)
     column = tl.minimum(tl.maximum(offset + N // 2, 0), N - 1)
     return tl.maximum(tl.load(log_bias + column, mask=far, other=_LOWEST), _LOWEST)
 
