@@ -43,6 +43,7 @@ INTEGERS = (
     "LEVELS",
     "SEGMENT",
     "SEGMENTS",
+    "POINTS",
     "sink",
     "window",
     "causal",

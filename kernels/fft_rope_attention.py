@@ -7,10 +7,13 @@ A first loop finds each row's centre and whether its scores are known to be with
 second weighs, so that every weight is divided by one number per row. `count` adds up the rows that
 fell back, of which nothing is known to the host.
 
-Few rows, few keys, degrees above 2 and a table of biases have no segments: P is then computed on
-the scores. So are heads whose backend is the FFT, which means the same numbers: at head dimension
-64, degree 1 and 16,384 keys, its 65 · 65 columns of 32,768 complex numbers are 1.1 GB per head, to
-be moved several times, where the scores are made of 4 MB of keys and values.
+With a table of biases, of heads whose backend is the FFT, it takes the sums over far keys that
+`spectrum` and `convolve` made (`toeplitz`), and segments serve the centres alone. Without one, the
+mask is all there is of T, and segments do.
+
+Few rows or keys, degrees above 2, more features or keys than `points_of` allows, and other heads
+with a table have neither: P is then computed on the scores. So it is for rows whose sums of T are
+too small for what an FFT leaves of them.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ from edgeattn.kernels.polynomial_states import (
     squared_length,
     states,
 )
-from edgeattn.ops.fft_rope_attention import LOWEST, SPEC
-from edgeattn.ops.fft_rope_kernels import segments_of, variants
+from edgeattn.kernels.toeplitz import convolve, recall_convolved, spectrum, sums_are_precise
+from edgeattn.ops.fft_rope_attention import LOWEST, SPEC, TOEPLITZ_FFT
+from edgeattn.ops.fft_rope_kernels import points_of, segments_of, variants
 
-_LOWEST = tl.constexpr(LOWEST)
+_LOWEST, _TOEPLITZ_FFT = tl.constexpr(LOWEST), tl.constexpr(TOEPLITZ_FFT)
 # Numbers that `count` adds up at once.
 _COUNTS = tl.constexpr(256)
 
@@ -58,6 +62,8 @@ def attend(
     sums: tl.tensor,
     peaks: tl.tensor,
     shift: tl.tensor,
+    far_sums: tl.tensor,
+    norms: tl.tensor,
     y: tl.tensor,
     fallbacks: tl.tensor,
     HKV: tl.tensor,
@@ -71,6 +77,7 @@ def attend(
     LEVELS: tl.tensor,
     SEGMENT: tl.tensor,
     SEGMENTS: tl.tensor,
+    POINTS: tl.tensor,
     sink: tl.tensor,
     window: tl.tensor,
     causal: tl.tensor,
@@ -100,6 +107,8 @@ def attend(
     wide = queries.to(tl.float32)
     mean = load_row(key_mean, query_head, columns, HKV * G, D)
     polynomial = tl.load(backend + query_head) != 0
+    by_fft = (POINTS > 0) & (tl.load(backend + query_head) == _TOEPLITZ_FFT)
+    far_sums, norms = far_sums + head * C * (D + 2) * TQ, norms + 2 * query_head
 
     # Far of all rows here: segments before `left` and, of later keys, from `right` on.
     summed = polynomial & (SEGMENTS > 0)
@@ -119,16 +128,23 @@ def attend(
     )
     longest = tl.maximum(longest, longest_covered(peaks + head * SEGMENTS, left, right, SEGMENTS))
     own = (total + more) / tl.maximum(count + keys, 1).to(tl.float32)
-    centre = tl.where(row_centre > 0, own, tl.sum(wide * mean[None, :], axis=1) * scale)
-    centre = tl.where(polynomial, centre, 0.0)
+    of_mean = tl.sum(wide * mean[None, :], axis=1) * scale
+    centre = tl.where(polynomial, tl.where(row_centre > 0, own, of_mean), 0.0)
     reach, bound = scale * (1 + row_centre), tl.load(score_bound + query_head)
     within = (squared_length(wide, D) * longest) * (reach * reach) <= bound * bound
 
     outside = (is_row & polynomial & (within == 0)).to(tl.int32)
     tl.store(fallbacks + head * tl.cdiv(TQ, CHUNK) + part, tl.sum(outside).to(tl.float32))
-    if tl.max(outside) > 0:  # such rows need all keys, others may have them
+    fallen = tl.max(outside) > 0
+    if fallen | (N > 1):  # rows that fall back need all keys, others may have them
         left, right = left * 0, right * 0 + SEGMENTS
         begin, stop, keys = begin * 0 + sink, stop * 0 + end, keys * 0
+    is_summed = is_row & by_fft & (fallen == 0)
+    by_fft = (
+        by_fft & (fallen == 0) & sums_are_precise(far_sums, norms, steps, is_summed, length, TQ, D)
+    )
+    if by_fft:
+        begin, stop = tl.maximum(first - window + 1, sink), tl.minimum(last + window, end)
 
     coefficients += query_head * C
     log_bias += tl.where(HB > 1, query_head, 0).to(tl.int64) * N
@@ -136,13 +152,19 @@ def attend(
         *(q, sums, coefficients, centre - of_shift, steps, columns, keys, C),
         *(TQ, D, LEVELS, left, right, SEGMENTS, scale, PRECISION),
     )
-    # Segments are only there where the table has one number.
+    # Segments are only weighed where the table has one number.
     largest = tl.maximum(tl.load(log_bias), _LOWEST)
     kept = tl.exp(tl.load(log_bias) - largest)
+    found, total = found * kept, total * kept
     largest = tl.where(keys > 0, largest, _LOWEST) + tl.zeros([CHUNK], tl.float32)
+    if by_fft:
+        found, total = recall_convolved(
+            far_sums, coefficients, centre - of_mean, steps, columns, is_row, C, TQ, D
+        )
+        largest = tl.zeros([CHUNK], tl.float32) + tl.load(norms)
     found, total = weigh_keys(
         *(queries, k, v, coefficients, log_bias, positions, columns, centre, within & polynomial),
-        *(found * kept, total * kept, largest, tl.minimum(sink, end), begin, stop),
+        *(by_fft, found, total, largest, tl.minimum(sink, end), begin, stop),
         *(sink, window, causal, D, C, N, scale, ROWS, PRECISION),
     )
     any_key = is_row & (total > 0)
@@ -190,7 +212,7 @@ def _kernel(function: Any, programs: str, num_warps: int = 4) -> Kernel:
         arguments={n: _TYPES.get(n, "*fp32") for n in names if n not in _CONSTANTS},
         constants=tuple(n for n in names if n in _CONSTANTS),
         grid=(programs, "1", "1"),
-        sizes=tuple(n for n in ("B", "HKV") if n not in names),
+        sizes=tuple(n for n in ("B", "HKV", "G") if n not in names),
         num_warps=num_warps,
         num_stages=1,  # where loops are pipelined, they say so
     )
@@ -199,6 +221,8 @@ def _kernel(function: Any, programs: str, num_warps: int = 4) -> Kernel:
 KERNELS: tuple[Kernel, ...] = (
     _kernel(states, "LEVELS * SEGMENTS * B * HKV", num_warps=8),
     _kernel(prefix, "cdiv((LEVELS * (D + 1) + 1) * D, NUMBERS) * B * HKV"),
+    _kernel(spectrum, "HKV * G", num_warps=8),
+    _kernel(convolve, "cdiv(D + 2, 2) * B * HKV * G", num_warps=8),
     _kernel(attend, "cdiv(TQ, CHUNK) * B * HKV * G", num_warps=8),
     _kernel(count, "HKV * G"),
 )
@@ -219,11 +243,15 @@ def complete_constants(kernel: Kernel, constants: Mapping[str, int]) -> dict[str
 def workspaces(dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Shapes of what the kernels leave each other, in fp32."""
     batch, kv_heads, group, width = (dims[name] for name in ("B", "HKV", "G", "D"))
-    segments, levels = dims["SEGMENTS"], dims["LEVELS"]
+    segments, levels, points = dims["SEGMENTS"], dims["LEVELS"], dims["POINTS"]
     return {
         "sums": (batch, kv_heads, segments, (levels * (width + 1) + 1) * width),
         "peaks": (batch, kv_heads, group, segments),
         "shift": (batch, kv_heads, width if segments else 0),
+        "spectra": (kv_heads, group, 2 * points),
+        "norms": (kv_heads, group, 2 if points else 0),
+        "signals": (batch, kv_heads, group, width // 2 + 1, 4 * points),
+        "far_sums": (batch, kv_heads, group, dims["C"], width + 2, dims["TQ"] if points else 0),
         "fallbacks": (batch, kv_heads, group, cdiv(dims["TQ"], _CHUNK)),
     }
 
@@ -276,6 +304,7 @@ def launch(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None
     dims |= {"D": width, "C": tensors["coefficients"].shape[1], "HB": biases, "N": offsets}
     segments = segments_of(rows, capacity, width, attributes["degree"], offsets)
     dims |= {"SEGMENT": segments.length, "SEGMENTS": segments.number, "LEVELS": segments.levels}
+    dims["POINTS"] = points_of(rows, capacity, width, attributes["degree"], offsets)
     # As the function body rounds it: whether a row falls back depends on all its bits.
     usual = torch.tensor(float(width)).sqrt().reciprocal().item()
     values: dict[str, Any] = {**tensors, **dims, **attributes}

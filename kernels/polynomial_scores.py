@@ -55,6 +55,7 @@ def weigh_keys(
     columns: tl.tensor,
     centre: tl.tensor,
     approximated: tl.tensor,
+    is_summed: tl.tensor,
     found: tl.tensor,
     total: tl.tensor,
     largest: tl.tensor,
@@ -83,6 +84,7 @@ def weigh_keys(
         columns: of keys and values.
         centre: of each row.
         approximated: whether a row's far keys are weighed by the polynomial.
+        is_summed: whether far keys are among the sums already.
         found: sums of values with weights so far, `[rows, BLOCK]`.
         total: sums of these weights.
         largest: exponents, by whose exponentials both are divided.
@@ -117,6 +119,7 @@ def weigh_keys(
         distance = distance_of(positions, rows, causal)
         seen = (distance >= 0) & (rows < height)[None, :]
         far = (distance >= window) & (rows >= sink)[None, :] & approximated[:, None]
+        seen &= (far & is_summed) == 0
         exponent = tl.where(far, 0.0, x) + bias_of(log_bias, positions, rows, N)
         exponent = tl.where(seen, exponent, _LOWEST)
         larger = tl.maximum(largest, tl.max(exponent, axis=1))

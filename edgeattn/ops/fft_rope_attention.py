@@ -396,6 +396,10 @@ SPEC = OpSpec(
         _case("constant", t=9, s=9, degree=0, window=3, scale=0.1, values=_WHOLE),
         _case("cubic", t=21, s=21, d=8, degree=3, scale=0.06, values=_WHOLE, dtype="fp16"),
         _case("bias", h=4, kv=2, t=19, s=30, biases=4, window=2, scale=0.1, values=_POLYNOMIAL),
+        _case(
+            *("bias-by-fft", 1, 2, 1, 66, 68, 8),
+            **{"biases": 2, "degree": 1, "window": 2, "scale": 0.04, "values": {"backend": "2..2"}},
+        ),
         _case("one-bias", t=12, s=12, biases=1, causal=0, scale=0.1, values=_WHOLE, dtype="fp16"),
         _case("encoder", b=3, t=30, s=30, d=32, causal=0, sink=1, window=4),
         _case(

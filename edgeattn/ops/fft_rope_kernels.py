@@ -1,8 +1,9 @@
-"""Which kernels `FftRopeAttention` takes, and how its far keys are cut into segments."""
+"""Which kernels `FftRopeAttention` takes, how its keys are cut, and how long its FFT is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import comb
 from typing import Any, NamedTuple
 
 from edgeattn.ops.kernel_widths import block_of
@@ -13,6 +14,8 @@ LEAST_BLOCK = 32
 HIGHEST_STATE_DEGREE = 2
 # Keys of a segment at least; fewer rows, or fewer segments, are not worth the sums over segments.
 LEAST_SEGMENT, LEAST_ROWS, LEAST_SEGMENTS = 512, 64, 4
+# Points of a line of the FFT, and what it is made for: every feature is a transform of each column.
+LINE, MOST_POINTS, MOST_FEATURES = 64, 16_384, 256
 
 
 class Segments(NamedTuple):
@@ -21,7 +24,7 @@ class Segments(NamedTuple):
     Attributes:
         length: keys of one.
         number: of them; 0 where all keys are read.
-        levels: matrices `[D, D]` per segment, one for degree 1 and D + 1 for degree 2.
+        levels: matrices `[D, D]` per segment, D + 1 for degree 2 without a table, else one.
     """
 
     length: int
@@ -39,13 +42,37 @@ def segments_of(rows: int, keys: int, width: int, degree: int, offsets: int) -> 
         keys: S.
         width: D.
         degree: of the polynomial.
-        offsets: N; a table of biases is no product of a row's factor and a key's.
+        offsets: N; a table of biases is no product of a row's factor and a key's, so that segments
+            only serve its heads with the FFT, for the centres of their rows.
     """
-    levels = width + 1 if degree == HIGHEST_STATE_DEGREE else 1
+    levels = width + 1 if degree == HIGHEST_STATE_DEGREE and offsets == 1 else 1
     length = max(LEAST_SEGMENT, (levels - 1) * width // 2)
     few = rows < LEAST_ROWS or keys < LEAST_SEGMENTS * length
-    none = few or degree > HIGHEST_STATE_DEGREE or offsets > 1
+    alone = offsets > 1 and points_of(rows, keys, width, degree, offsets) == 0
+    none = few or alone or degree > HIGHEST_STATE_DEGREE
     return Segments(length, 0 if none else -(-keys // length), levels)
+
+
+def points_of(rows: int, keys: int, width: int, degree: int, offsets: int) -> int:
+    """Points of the convolution by which heads with the FFT are computed.
+
+    They are whole lines, each transformed by one product of matrices and all by another.
+
+    Args:
+        rows: Tq.
+        keys: S.
+        width: D.
+        degree: of the polynomial.
+        offsets: N; without a table of biases, segments do for the FFT.
+
+    Returns:
+        At least Tq + S − 1; 0 where the FFT is not worth it, and scores are computed.
+    """
+    points = -(-(rows + keys - 1) // LINE) * LINE
+    none = rows < LEAST_ROWS or offsets == 1 or degree > HIGHEST_STATE_DEGREE
+    if none or points > MOST_POINTS or comb(width + degree, degree) > MOST_FEATURES:
+        return 0
+    return points
 
 
 def variants(
@@ -61,10 +88,18 @@ def variants(
         return []
     known = [n for n in (rows, keys) if isinstance(n, int)]
     block = max(block_of("FftRopeAttention", (width,), max(known, default=None)), LEAST_BLOCK)
+    degree, offsets = attributes["degree"], dims["N"]
     # Of sizes that are not known, those that take most kernels.
-    rows, keys = (n if isinstance(n, int) else 2**31 - 1 for n in (rows, keys))
-    offsets = dims["N"] if isinstance(dims["N"], int) else 1
-    summed = segments_of(rows, keys, width, attributes["degree"], offsets).number > 0
+    points = points_of(
+        rows if isinstance(rows, int) else LEAST_ROWS,
+        keys if isinstance(keys, int) else 1,
+        *(width, degree, offsets if isinstance(offsets, int) else 3),
+    )
+    offsets = offsets if isinstance(offsets, int) else 1
+    most = 2**31 - 1 if offsets == 1 else MOST_POINTS // 2
+    rows, keys = (n if isinstance(n, int) else most for n in (rows, keys))
+    summed = segments_of(rows, keys, width, degree, offsets).number > 0
     kernels = [("states", {"BLOCK": block}), ("prefix", {})] if summed else []
+    kernels += [("spectrum", {}), ("convolve", {})] if points else []
     kernels += [("attend", {"BLOCK": block}), ("count", {})]
     return [(f"fft_rope_attention.{name}", constants) for name, constants in kernels]

@@ -1,4 +1,4 @@
-//! FftRopeAttention: sums over segments of far keys where these are worth it, rows, and how many of them fell back.
+//! FftRopeAttention: sums over far keys, by segments or FFT, where these are worth it; rows, and how many fell back.
 #include "core/creator.h"
 #include "core/error.h"
 #include "core/launcher.h"
@@ -22,6 +22,9 @@ constexpr int32_t kHIGHEST_STATE_DEGREE = 2;
 constexpr int32_t kLEAST_SEGMENT = 512;
 constexpr int32_t kLEAST_ROWS = 64;
 constexpr int64_t kLEAST_SEGMENTS = 4;
+constexpr int64_t kLINE = 64;
+constexpr int64_t kMOST_POINTS = 16384;
+constexpr int64_t kMOST_FEATURES = 256;
 
 constexpr int32_t kHIGHEST_DEGREE = 4;
 
@@ -43,6 +46,10 @@ struct Values
     float const* sums;
     float const* peaks;
     float const* shift;
+    float const* spectra;
+    float const* norms;
+    float const* signals;
+    float const* far_sums;
     void const* y;
     float const* fallbacks;
     int32_t const* fallback_count;
@@ -58,6 +65,7 @@ struct Values
     int32_t LEVELS;
     int32_t SEGMENT;
     int32_t SEGMENTS;
+    int32_t POINTS;
     int32_t sink;
     int32_t window;
     int32_t causal;
@@ -65,16 +73,43 @@ struct Values
     float scale;
 };
 
+//! Products of at most so many coordinates, of which there are `width`.
+int64_t featuresOf(int64_t width, int32_t degree)
+{
+    return degree == 0 ? 1 : degree == 1 ? width + 1 : (width + 1) * (width + 2) / 2;
+}
+
+//! Points of the FFT of so many rows and keys, in whole lines.
+int64_t pointsOf(int64_t rows, int64_t keys)
+{
+    return cdiv(rows + keys - 1, kLINE) * kLINE;
+}
+
+//! Whether heads with the FFT are computed by it where rows and keys are few enough.
+bool isConvolved(Dims const& dims, int32_t degree, int32_t offsets)
+{
+    return dims.Tq >= kLEAST_ROWS && offsets > 1 && degree <= kHIGHEST_STATE_DEGREE
+        && featuresOf(dims.D, degree) <= kMOST_FEATURES;
+}
+
+//! Points of the FFT, 0 where there is none.
+int32_t pointsOf(Dims const& dims, int32_t degree, int32_t offsets)
+{
+    int64_t const points = pointsOf(dims.Tq, dims.S);
+    return isConvolved(dims, degree, offsets) && points <= kMOST_POINTS ? static_cast<int32_t>(points) : 0;
+}
+
 //! The segments of keys of which sums are kept: of so many keys, how many, and matrices of each.
 struct Segments
 {
-    //! \param offsets N; a table of biases is no product of a row's factor and a key's.
+    //! \param offsets N; with a table of biases, segments only serve heads with the FFT.
     Segments(Dims const& dims, int32_t degree, int32_t offsets)
-        : levels(degree == kHIGHEST_STATE_DEGREE ? dims.D + 1 : 1)
+        : levels(degree == kHIGHEST_STATE_DEGREE && offsets == 1 ? dims.D + 1 : 1)
         , length(std::max(kLEAST_SEGMENT, (levels - 1) * dims.D / 2))
     {
         bool const few = dims.Tq < kLEAST_ROWS || dims.S < kLEAST_SEGMENTS * length;
-        bool const none = few || degree > kHIGHEST_STATE_DEGREE || offsets > 1;
+        bool const alone = offsets > 1 && pointsOf(dims, degree, offsets) == 0;
+        bool const none = few || alone || degree > kHIGHEST_STATE_DEGREE;
         count = none ? 0 : static_cast<int32_t>(cdiv(dims.S, length));
     }
 
@@ -86,8 +121,9 @@ struct Segments
 //! Where the fp32 values between the kernels lie, in bytes from the start of the workspace.
 struct Places
 {
+    //! \param points of the FFT.
     //! \param chunk rows that one program counts.
-    Places(Dims const& dims, Segments const& segments, int64_t chunk)
+    Places(Dims const& dims, Segments const& segments, int64_t points, int64_t chunk)
     {
         int64_t const kvHeads = int64_t{dims.B} * dims.Hkv;
         int64_t const heads = int64_t{dims.B} * dims.H;
@@ -96,6 +132,12 @@ struct Places
         sums = workspace.take(kvHeads * segments.count * record);
         peaks = workspace.take(heads * segments.count);
         shift = workspace.take(segments.count > 0 ? kvHeads * dims.D : 0);
+        int64_t const pairs = dims.D / 2 + 1;
+        int64_t const rows = std::min(int64_t{dims.Tq}, points);
+        spectra = workspace.take(dims.H * 2 * points);
+        norms = workspace.take(points > 0 ? dims.H * 2 : 0);
+        signals = workspace.take(heads * pairs * 4 * points);
+        farSums = workspace.take(heads * dims.C * pairs * 2 * rows);
         fallbacks = workspace.take(heads * cdiv(dims.Tq, chunk));
         size = workspace.size();
     }
@@ -103,6 +145,10 @@ struct Places
     size_t sums{0};
     size_t peaks{0};
     size_t shift{0};
+    size_t spectra{0};
+    size_t norms{0};
+    size_t signals{0};
+    size_t farSums{0};
     size_t fallbacks{0};
     size_t size{0};
 };
@@ -171,11 +217,13 @@ private:
             *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });
     }
 
-    //! Whatever the number of offsets is: one alone may have segments, and be among larger ones.
+    //! Whatever the sizes are: one offset alone may have more segments, and fewer rows and keys the FFT.
     size_t workspaceSize(Dtype dtype, Dims const& largest) const override
     {
         int64_t const chunk = mAttend.smallest(dtype, constantsOf(largest), kCHUNK);
-        return Places(largest, Segments(largest, mAttributes.degree, 1), chunk).size;
+        bool const convolved = isConvolved(largest, mAttributes.degree, largest.N);
+        int64_t const points = convolved ? std::min(pointsOf(largest.Tq, largest.S), kMOST_POINTS) : 0;
+        return Places(largest, Segments(largest, mAttributes.degree, 1), points, chunk).size;
     }
 
     void load(Dtype dtype, Dims const& dims) override
@@ -195,10 +243,16 @@ private:
     static void forEachKernel(Self& self, Dims const& dims, Visitor&& visitor)
     {
         auto const constants = constantsOf(dims);
-        if (Segments(dims, self.mAttributes.degree, dims.N).count > 0)
+        int32_t const degree = self.mAttributes.degree;
+        if (Segments(dims, degree, dims.N).count > 0)
         {
             visitor(self.mStates, constants);
             visitor(self.mPrefix, View<Constant>());
+        }
+        if (pointsOf(dims, degree, dims.N) > 0)
+        {
+            visitor(self.mSpectrum, View<Constant>());
+            visitor(self.mConvolve, View<Constant>());
         }
         visitor(self.mAttend, constants);
         visitor(self.mCount, View<Constant>());
@@ -212,7 +266,8 @@ private:
     Values valuesOf(Dims const& dims, Tensors const& tensors, char* workspace) const
     {
         Segments const segments(dims, mAttributes.degree, dims.N);
-        Places const places(dims, segments, mAttend.constant(kCHUNK));
+        int32_t const points = pointsOf(dims, mAttributes.degree, dims.N);
+        Places const places(dims, segments, points, mAttend.constant(kCHUNK));
         auto const at = [&](size_t start) { return reinterpret_cast<float const*>(workspace + start); };
         Values values{};
         values.q = tensors.q;
@@ -227,6 +282,10 @@ private:
         values.sums = at(places.sums);
         values.peaks = at(places.peaks);
         values.shift = at(places.shift);
+        values.spectra = at(places.spectra);
+        values.norms = at(places.norms);
+        values.signals = at(places.signals);
+        values.far_sums = at(places.farSums);
         values.y = tensors.y;
         values.fallbacks = at(places.fallbacks);
         values.fallback_count = tensors.fallback_count;
@@ -242,6 +301,7 @@ private:
         values.LEVELS = segments.levels;
         values.SEGMENT = segments.length;
         values.SEGMENTS = segments.count;
+        values.POINTS = points;
         values.sink = mAttributes.sink;
         values.window = mAttributes.window;
         values.causal = mAttributes.causal;
@@ -252,6 +312,8 @@ private:
 
     LoadedKernel<States> mStates;
     LoadedKernel<Prefix> mPrefix;
+    LoadedKernel<Spectrum> mSpectrum;
+    LoadedKernel<Convolve> mConvolve;
     LoadedKernel<Attend> mAttend;
     LoadedKernel<Count> mCount;
 };

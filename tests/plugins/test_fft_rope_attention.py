@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 from plugin_commands import create_command, tensor_commands
 
 from edgeattn.ops.fft_rope_attention import SPEC
-from edgeattn.ops.fft_rope_kernels import segments_of
+from edgeattn.ops.fft_rope_kernels import points_of, segments_of
 from edgeattn.ops.spec import Case
 
 CREATE = create_command(SPEC, {})
@@ -40,7 +40,8 @@ def sizes_of(case: Case) -> dict[str, int]:
     rows, keys, width, offsets = (dims[name] for name in ("Tq", "S", "D", "N"))
     segments = segments_of(rows, keys, width, dims["C"] - 1, offsets)
     sizes = {"B": dims["B"], "HKV": dims["Hkv"], "G": dims["H"] // dims["Hkv"], "TQ": rows}
-    sizes |= {"S": keys, "D": width, "LEVELS": segments.levels}
+    sizes |= {"S": keys, "D": width, "C": dims["C"], "LEVELS": segments.levels}
+    sizes["POINTS"] = points_of(rows, keys, width, dims["C"] - 1, offsets)
     return sizes | {"SEGMENT": segments.length, "SEGMENTS": segments.number}
 
 
@@ -56,6 +57,11 @@ CUT = [
     case_of(degree=2, D=8, S=5000),
     case_of(degree=3),
     case_of(N=2 * 9000 - 1),
+    case_of(degree=2, D=16, Tq=6000, N=2 * 9000 - 1),
+    case_of(degree=1, D=128, Tq=64, S=65, N=129),
+    case_of(degree=2, D=24, Tq=6000, N=2 * 9000 - 1),
+    case_of(degree=3, D=8, Tq=6000, N=2 * 9000 - 1),
+    case_of(degree=1, Tq=7386, N=2 * 9000 - 1),
 ]
 
 
@@ -67,7 +73,9 @@ def test_segments_are_those_of_pytorch(library: Any, case: Case) -> None:
     answers = library.drive(*commands, sm=99)
     assert answers["enqueue"] == "0", answers.logged
     summed = ["states", "prefix"] if sizes["SEGMENTS"] else []
-    assert [launch.kernel for launch in answers.launches] == [*summed, "attend", "count"]
+    convolved = ["spectrum", "convolve"] if sizes["POINTS"] else []
+    kernels = [launch.kernel for launch in answers.launches]
+    assert kernels == [*summed, *convolved, "attend", "count"]
     for launch in answers.launches:
         passed = {name: launch.arguments[name] for name in sizes.keys() & launch.arguments.keys()}
         assert passed == {name: sizes[name] for name in passed}
@@ -75,7 +83,8 @@ def test_segments_are_those_of_pytorch(library: Any, case: Case) -> None:
 
 def test_some_cases_have_segments_and_some_have_none() -> None:
     counts = [sizes_of(case)["SEGMENTS"] for case in CUT]
-    assert counts == [5, 0, 0, 4, 0, 137, 5, 16, 10, 0, 0]
+    assert counts == [5, 0, 0, 4, 0, 137, 5, 16, 10, 0, 0, 18, 0, 0, 0, 0]
+    assert [sizes_of(case)["POINTS"] for case in CUT] == [0] * 11 + [15_040, 128, 0, 0, 0]
 
 
 def test_sums_fit_into_the_workspace_of_larger_sizes(library: Any) -> None:
@@ -88,6 +97,22 @@ def test_sums_fit_into_the_workspace_of_larger_sizes(library: Any) -> None:
         shapes = workspaces(sizes_of(case)).values()
         needed = sum(math.ceil(4 * math.prod(shape) / 256) * 256 for shape in shapes)
         assert needed == workspace(library, case) <= room
+
+
+@pytest.mark.parametrize(("degree", "width"), [(2, 16), (1, 64), (0, 8)])
+def test_transforms_fit_into_the_workspace_of_larger_sizes(
+    library: Any, degree: int, width: int
+) -> None:
+    """Which may be too large for the transform."""
+    from edgeattn.kernels.fft_rope_attention import workspaces
+
+    offsets = {"C": degree + 1, "D": width, "N": 2 * 20_000 - 1}
+    room = workspace(library, case_of(degree, Tq=20_000, S=20_000, **offsets))
+    for rows, keys in itertools.product((63, 64, 500, 16_000), (1, 385, 2049, 16_321)):
+        case = case_of(degree, Tq=rows, S=keys, **offsets)
+        shapes = workspaces(sizes_of(case)).values()
+        needed = sum(math.ceil(4 * math.prod(shape) / 256) * 256 for shape in shapes)
+        assert needed <= workspace(library, case) <= room
 
 
 @pytest.mark.parametrize(
