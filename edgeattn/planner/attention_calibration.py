@@ -10,7 +10,7 @@ from edgeattn.shape import ModelShape
 # Tokens of a window that shows far keys.
 FAR_LENGTH = 2048
 # Weights of the blocks times tokens in a second, and scores of all heads.
-_FORWARD_PER_S, _SCORES_PER_S = 36e9, 270e6
+_FORWARD_PER_S, _SCORES_PER_S = 36e9, 130e6
 # Streams of all windows that are there at once, and score matrices of some rows.
 _STREAMS, _SCORE_MATRICES, _ROWS = 6, 10, 256
 
