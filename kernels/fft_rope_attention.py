@@ -136,13 +136,11 @@ def attend(
     outside = (is_row & polynomial & (within == 0)).to(tl.int32)
     tl.store(fallbacks + head * tl.cdiv(TQ, CHUNK) + part, tl.sum(outside).to(tl.float32))
     fallen = tl.max(outside) > 0
-    if fallen | (N > 1):  # rows that fall back need all keys, others may have them
+    if fallen | (N > 1):  # rows that fall back need all keys, others may have them; so do tables
         left, right = left * 0, right * 0 + SEGMENTS
         begin, stop, keys = begin * 0 + sink, stop * 0 + end, keys * 0
-    is_summed = is_row & by_fft & (fallen == 0)
-    by_fft = (
-        by_fft & (fallen == 0) & sums_are_precise(far_sums, norms, steps, is_summed, length, TQ, D)
-    )
+    by_fft &= fallen == 0
+    by_fft &= sums_are_precise(far_sums, norms, steps, is_row & by_fft, length, TQ, D)
     if by_fft:
         begin, stop = tl.maximum(first - window + 1, sink), tl.minimum(last + window, end)
 

@@ -375,7 +375,7 @@ def _case(
     return Case(name, dims, dtype, attributes, {**usual, **(values or {})})
 
 
-_WHOLE, _POLYNOMIAL = {"kv_len": "S..S"}, {"backend": "1..2"}
+_WHOLE, _POLYNOMIAL, _BY_FFT = {"kv_len": "S..S"}, {"backend": "1..2"}, {"backend": "2..2"}
 SPEC = OpSpec(
     name="FftRopeAttention",
     inputs=_INPUTS,
@@ -397,12 +397,7 @@ SPEC = OpSpec(
         _case("cubic", t=21, s=21, d=8, degree=3, scale=0.06, values=_WHOLE, dtype="fp16"),
         _case("bias", h=4, kv=2, t=19, s=30, biases=4, window=2, scale=0.1, values=_POLYNOMIAL),
         _case(
-            *("bias-by-fft", 1, 2, 1, 66, 68, 8),
-            biases=2,
-            degree=1,
-            window=2,
-            scale=0.04,
-            values={"backend": "2..2"},
+            *("fft", 1, 2, 1, 66, 68, 8), biases=2, degree=1, window=2, scale=0.04, values=_BY_FFT
         ),
         _case("one-bias", t=12, s=12, biases=1, causal=0, scale=0.1, values=_WHOLE, dtype="fp16"),
         _case("encoder", b=3, t=30, s=30, d=32, causal=0, sink=1, window=4),
