@@ -61,8 +61,8 @@ class Quality:
     fallback_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
+        """JSON-ready values without the share that there is not."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def eval_windows(
