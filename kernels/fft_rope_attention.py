@@ -165,9 +165,9 @@ def attend(
         *(by_fft, found, total, largest, tl.minimum(sink, end), begin, stop),
         *(sink, window, causal, D, C, N, scale, ROWS, PRECISION),
     )
-    any_key = is_row & (total > 0)
-    share = 1 / tl.where(any_key, total, 1.0)
-    store(y, steps, columns, TQ, D, tl.where(any_key[:, None], found * share[:, None], 0.0))
+    # Without a key that has a weight, what was found is 0; what is no number stays none.
+    share = 1 / tl.where(total > 0, total, 1.0)
+    store(y, steps, columns, TQ, D, tl.where(is_row[:, None], found * share[:, None], 0.0))
 
 
 @jit
@@ -248,7 +248,8 @@ def workspaces(dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         "shift": (batch, kv_heads, width if segments else 0),
         "spectra": (kv_heads, group, 2 * points),
         "norms": (kv_heads, group, 2 if points else 0),
-        "signals": (batch, kv_heads, group, width // 2 + 1, 4 * points),
+        # `spectrum` works there before it is a sequence's.
+        "signals": (max(batch, 1), kv_heads, group, width // 2 + 1, 4 * points),
         "far_sums": (batch, kv_heads, group, dims["C"], width + 2, dims["TQ"] if points else 0),
         "fallbacks": (batch, kv_heads, group, cdiv(dims["TQ"], _CHUNK)),
     }

@@ -150,6 +150,7 @@ def recall(
     """
     a0, a1, a2, _, _ = series(coefficients, C)
     constant, linear = a0 - a1 * centre + a2 * centre * centre, a1 - 2 * a2 * centre
+    constant = tl.where(keys > 0, constant, 0.0)  # which may be no number where nobody asks for it
     place = (LEVELS * D + LEVELS) * D + columns
     values = covered(sums, place, columns < D, left, right, SEGMENTS, D, LEVELS)
     found, total = constant[:, None] * values[None, :], constant * keys

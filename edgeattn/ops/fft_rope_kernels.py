@@ -96,7 +96,8 @@ def variants(
         *(width, degree, offsets if isinstance(offsets, int) else 3),
     )
     offsets = offsets if isinstance(offsets, int) else 1
-    most = 2**31 - 1 if offsets == 1 else MOST_POINTS // 2
+    most = MOST_POINTS // 2 if not known else max(1, MOST_POINTS + 1 - max(known))
+    most = 2**31 - 1 if offsets == 1 else most
     rows, keys = (n if isinstance(n, int) else most for n in (rows, keys))
     summed = segments_of(rows, keys, width, degree, offsets).number > 0
     kernels = [("states", {"BLOCK": block}), ("prefix", {})] if summed else []

@@ -136,7 +136,8 @@ struct Places
         int64_t const rows = std::min(int64_t{dims.Tq}, points);
         spectra = workspace.take(dims.H * 2 * points);
         norms = workspace.take(points > 0 ? dims.H * 2 : 0);
-        signals = workspace.take(heads * pairs * 4 * points);
+        // The kernel `spectrum` works there before it is a sequence's.
+        signals = workspace.take(std::max<int64_t>(heads, dims.H) * pairs * 4 * points);
         farSums = workspace.take(heads * dims.C * pairs * 2 * rows);
         fallbacks = workspace.take(heads * cdiv(dims.Tq, chunk));
         size = workspace.size();
@@ -217,13 +218,21 @@ private:
             *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });
     }
 
-    //! Whatever the sizes are: one offset alone may have more segments, and fewer rows and keys the FFT.
+    //! Whatever the sizes are: one offset alone may have more segments, fewer rows and keys the FFT, and narrower heads
+    //! both.
     size_t workspaceSize(Dtype dtype, Dims const& largest) const override
     {
-        int64_t const chunk = mAttend.smallest(dtype, constantsOf(largest), kCHUNK);
-        bool const convolved = isConvolved(largest, mAttributes.degree, largest.N);
-        int64_t const points = convolved ? std::min(pointsOf(largest.Tq, largest.S), kMOST_POINTS) : 0;
-        return Places(largest, Segments(largest, mAttributes.degree, 1), points, chunk).size;
+        constexpr int32_t kSTEP = linear_attention::kALIGNMENT;
+        size_t size{0};
+        Dims dims = largest;
+        for (dims.D = kSTEP; dims.D <= largest.D; dims.D += kSTEP)
+        {
+            int64_t const chunk = mAttend.smallest(dtype, constantsOf(dims), kCHUNK);
+            bool const convolved = isConvolved(dims, mAttributes.degree, dims.N);
+            int64_t const points = convolved ? std::min(pointsOf(dims.Tq, dims.S), kMOST_POINTS) : 0;
+            size = std::max(size, Places(dims, Segments(dims, mAttributes.degree, 1), points, chunk).size);
+        }
+        return size;
     }
 
     void load(Dtype dtype, Dims const& dims) override
