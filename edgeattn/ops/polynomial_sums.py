@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import accumulate, combinations_with_replacement
 from math import comb
 
 import torch
@@ -65,8 +65,9 @@ def horner(coefficients: Tensor, x: Tensor) -> Tensor:
         coefficients: `[..., g + 1]`, without the last axis broadcast to x.
         x: any.
     """
-    value = torch.zeros_like(x)
-    for column in reversed(coefficients.unbind(-1)):
+    *others, value = coefficients.unbind(-1)
+    value = value.expand(torch.broadcast_shapes(value.shape, x.shape))
+    for column in reversed(others):
         value = value * x + column
     return value
 
@@ -115,17 +116,33 @@ def multinomial(multiset: Sequence[int]) -> int:
     return math.factorial(len(multiset)) // math.prod(repeats)
 
 
-def monomials(x: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:
-    """Π_l x_l^m_l of every multiset, `[..., T, D]` -> `[..., T, F]`."""
-    # Coordinates as rows, which are copied whole; one of ones behind them, for smaller multisets.
-    ones = torch.ones_like(x[..., :1])
-    rows = torch.cat((x, ones), dim=-1).mT
-    degree, last = max(len(m) for m in sets), x.shape[-1]
-    index = torch.tensor([[*m, *[last] * (degree - len(m))] for m in sets], device=x.device)
-    found = torch.ones_like(rows[..., :1, :]).expand(*rows.shape[:-2], len(sets), -1)
-    for column in index.unbind(-1):
-        found = found * rows.index_select(-2, column)
-    return found.mT
+def monomials(x: Tensor, degree: int) -> list[Tensor]:
+    """Π_l x_l^m_l of the multisets of each order up to a degree, in the order of `multisets`.
+
+    Those of an order are a coordinate times all of the order before whose coordinates are not
+    smaller: a stretch of rows, so that each is one product of whole rows.
+
+    Args:
+        x: `[..., T, D]`.
+        degree: the highest order.
+
+    Returns:
+        `[..., F_r, T]` for each order r.
+    """
+    rows = x.mT
+    found = [torch.ones_like(rows[..., :1, :])]
+    firsts = [0] * x.shape[-1]  # where those of the order before begin with each coordinate
+    for _ in range(degree):
+        before = found[-1]
+        counts = [before.shape[-2] - first for first in firsts]
+        products = rows.new_empty(*rows.shape[:-2], sum(counts), rows.shape[-1])
+        firsts = [0, *accumulate(counts[:-1])]
+        for item, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+            part = products[..., first : first + count, :]
+            others = before[..., before.shape[-2] - count :, :]
+            torch.mul(rows[..., item : item + 1, :], others, out=part)
+        found.append(products)
+    return found
 
 
 @dataclass(frozen=True)
@@ -133,11 +150,9 @@ class Features:
     """Products of coordinates, by the number of factors.
 
     Attributes:
-        sets: multisets of each order, from none to the degree.
-        counts: in how many orders each can be written.
+        counts: of each order, in how many orders each can be written, `[F_r, 1]`.
     """
 
-    sets: tuple[tuple[tuple[int, ...], ...], ...]
     counts: tuple[Tensor, ...]
 
     @classmethod
@@ -148,13 +163,17 @@ class Features:
             RuntimeInputError: too many features.
         """
         found = multisets(width, degree)
-        sets = tuple(tuple(m for m in found if len(m) == r) for r in range(degree + 1))
-        counts = tuple(like.new_tensor([[multinomial(m)] for m in of_order]) for of_order in sets)
-        return cls(sets, counts)
+        orders = ([[multinomial(m)] for m in found if len(m) == r] for r in range(degree + 1))
+        return cls(tuple(like.new_tensor(counts) for counts in orders))
+
+    @property
+    def degree(self) -> int:
+        """The highest order."""
+        return len(self.counts) - 1
 
     def sums(self, k: Tensor, u: Tensor) -> list[Tensor]:
         """Σ_j Π_l k_jl^m_l u_j of every multiset, `[..., F_r, N]` for each order r."""
-        return [monomials(k, sets).mT @ u for sets in self.sets]
+        return [products @ u for products in monomials(k, self.degree)]
 
     def weighed(self, q: Tensor, coefficients: Tensor, sums: Sequence[Tensor]) -> Tensor:
         """The polynomial of every row of sums, `[..., T, N]`.
@@ -164,11 +183,10 @@ class Features:
             coefficients: `[..., T or 1, g + 1]`.
             sums: of all orders.
         """
+        orders = zip(monomials(q, self.degree), self.counts, sums, strict=True)
         parts = (
-            coefficients[..., r, None] * (monomials(q, sets) @ (counts * of_order))
-            for r, (sets, counts, of_order) in enumerate(
-                zip(self.sets, self.counts, sums, strict=True)
-            )
+            coefficients[..., r, None] * (products.mT @ (counts * of_order))
+            for r, (products, counts, of_order) in enumerate(orders)
         )
         return sum(parts, torch.zeros_like(q[..., :1]))
 
@@ -220,8 +238,9 @@ def factorised(
         weights = horner(series.unsqueeze(-2), a @ b.mT).tril()
         found = weights @ values
         rows.append(found if state is None else found + features.weighed(a, series, state))
-        added = features.sums(b, values)
-        state = added if state is None else [x + y for x, y in zip(state, added, strict=True)]
+        if len(rows) < len(parts[0]):
+            added = features.sums(b, values)
+            state = added if state is None else [x + y for x, y in zip(state, added, strict=True)]
     return torch.cat(rows, dim=-2)
 
 
@@ -230,11 +249,11 @@ def _by_feature(
 ) -> Tensor:
     """The sums with a further factor T, `[..., T, S]`."""
     result = torch.zeros_like(q[..., :1])
-    for r, (sets, counts) in enumerate(zip(features.sets, features.counts, strict=True)):
-        left = monomials(q, sets) * counts.mT * coefficients[..., r, None]
-        right = monomials(k, sets)
-        for f in range(len(sets)):
-            result = result + left[..., f, None] * (matrix @ (right[..., f, None] * u))
+    sides = zip(monomials(q, features.degree), monomials(k, features.degree), strict=True)
+    for r, (left, right) in enumerate(sides):
+        left = (left * features.counts[r]).mT * coefficients[..., r, None]
+        for f, column in enumerate(right.unbind(-2)):
+            result = result + left[..., f, None] * (matrix @ (column[..., None] * u))
     return result
 
 
