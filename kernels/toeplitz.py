@@ -361,8 +361,7 @@ def sums_are_precise(
 ) -> tl.tensor:
     """Whether the sums of T of all rows are large against what rounding leaves in each.
 
-    Of keys and values of about one size: what rounding leaves of a key a hundred times as long as
-    the others, which the row need not even see, is a thousand times as much at degree 2.
+    Of keys of about one size: a much longer one, seen or not, leaves more.
     """
     weights = tl.load(far_sums + D * TQ + steps, mask=is_row, other=0.0)
     norm = tl.load(norms + 1 + steps * 0, mask=is_row, other=0.0)
