@@ -64,11 +64,15 @@ def horner(coefficients: Tensor, x: Tensor) -> Tensor:
     Args:
         coefficients: `[..., g + 1]`, without the last axis broadcast to x.
         x: any.
+
+    Returns:
+        A new tensor.
     """
     *others, value = coefficients.unbind(-1)
-    value = value.expand(torch.broadcast_shapes(value.shape, x.shape))
+    if not others:
+        return value + torch.zeros_like(x)
     for column in reversed(others):
-        value = value * x + column
+        value = torch.addcmul(column, value, x)
     return value
 
 
@@ -185,7 +189,7 @@ class Features:
         """
         orders = zip(monomials(q, self.degree), self.counts, sums, strict=True)
         parts = (
-            coefficients[..., r, None] * (products.mT @ (counts * of_order))
+            coefficients[..., r, None] * ((counts * of_order).mT @ products).mT
             for r, (products, counts, of_order) in enumerate(orders)
         )
         return sum(parts, torch.zeros_like(q[..., :1]))
@@ -235,7 +239,7 @@ def factorised(
     parts = [torch.split(x, chunk, dim=-2) for x in (q, _behind(k, lag), _behind(u, lag))]
     state, rows = None, []
     for a, b, values, series in zip(*parts, torch.split(coefficients, chunk, dim=-2), strict=True):
-        weights = horner(series.unsqueeze(-2), a @ b.mT).tril()
+        weights = horner(series.unsqueeze(-2), a @ b.mT).tril_()
         found = weights @ values
         rows.append(found if state is None else found + features.weighed(a, series, state))
         if len(rows) < len(parts[0]):
