@@ -78,7 +78,7 @@ lint-site: $(VENV)/.developer
 	cp pyproject.toml build/lint/
 
 # The second run: what JetPack 6 runs must be Python 3.10.
-RUNTIME_HALF := errors recipe shape devices planner quant.scheme bundle verify engine runtime cli
+RUNTIME_HALF := errors attention recipe shape devices planner quant.scheme bundle verify engine runtime cli
 MYPY = cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache
 lint-types: lint-site
 	$(MYPY) -p edgeattn
