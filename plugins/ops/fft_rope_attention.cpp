@@ -218,21 +218,14 @@ private:
             *this, dims, [&](auto const& kernel, View<Constant> constants) { kernel.require(dtype, constants); });
     }
 
-    //! Whatever the sizes are: one offset alone may have more segments, fewer rows and keys the FFT, and narrower heads
-    //! both.
+    //! Whatever the sizes are: one offset alone may have more segments, and fewer rows and keys the FFT. Head dimensions
+    //! are constants of a graph.
     size_t workspaceSize(Dtype dtype, Dims const& largest) const override
     {
-        constexpr int32_t kSTEP = linear_attention::kALIGNMENT;
-        size_t size{0};
-        Dims dims = largest;
-        for (dims.D = kSTEP; dims.D <= largest.D; dims.D += kSTEP)
-        {
-            int64_t const chunk = mAttend.smallest(dtype, constantsOf(dims), kCHUNK);
-            bool const convolved = isConvolved(dims, mAttributes.degree, dims.N);
-            int64_t const points = convolved ? std::min(pointsOf(dims.Tq, dims.S), kMOST_POINTS) : 0;
-            size = std::max(size, Places(dims, Segments(dims, mAttributes.degree, 1), points, chunk).size);
-        }
-        return size;
+        int64_t const chunk = mAttend.smallest(dtype, constantsOf(largest), kCHUNK);
+        bool const convolved = isConvolved(largest, mAttributes.degree, largest.N);
+        int64_t const points = convolved ? std::min(pointsOf(largest.Tq, largest.S), kMOST_POINTS) : 0;
+        return Places(largest, Segments(largest, mAttributes.degree, 1), points, chunk).size;
     }
 
     void load(Dtype dtype, Dims const& dims) override
