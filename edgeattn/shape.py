@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeattn.attention import FftRope, LayerAttention, layer_attention
 from edgeattn.errors import CheckpointError
+from edgeattn.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,13 @@ class LayerKind:
         if self.window is not None and self.window < 1:
             raise _bad("a positive sliding window", f"it is {self.window}")
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What a layer hands on from step to step, as names of graph inputs end."""
+        if isinstance(self.attention, Recurrent):
+            return self.attention.states
+        return ("key", "value")
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -130,6 +138,8 @@ class ModelShape:
         layer_cycle: the kinds of the layers, repeated from the first layer on.
         qkv_bias: q, k and v projections carry a bias (Qwen2).
         qk_norm: RMSNorm per head on q and k before RoPE (Qwen3).
+        output_gate: what softmax attention gives is multiplied with a sigmoid; q_proj holds the
+            rows of a head's query, then those of its gate (Qwen3.5).
         fused: q, k and v projections are one matrix, stacked by outputs, and so are gate and up.
         output_norms: RMSNorm on what attention and MLP give, too (Gemma 2).
         activation: of the gate, "silu" or "gelu-tanh".
@@ -152,6 +162,7 @@ class ModelShape:
     layer_cycle: tuple[LayerKind, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    output_gate: bool = False
     fused: bool = False
     output_norms: bool = False
     activation: str = "silu"
@@ -203,6 +214,26 @@ class ModelShape:
         return any(kind.attention is not None for kind in self.layer_kinds)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer is linear attention with a state."""
+        return any(isinstance(kind.attention, Recurrent) for kind in self.layer_kinds)
+
+    @property
+    def kind_counts(self) -> dict[LayerKind, int]:
+        """How many layers there are of each kind, by first use."""
+        rounds, rest = divmod(self.num_layers, len(self.layer_cycle))
+        counts = dict.fromkeys(self.layer_kinds, 0)
+        for place, kind in enumerate(self.layer_cycle[: self.num_layers]):
+            counts[kind] += rounds + (place < rest)
+        return counts
+
+    @property
+    def caching_layers(self) -> int:
+        """Layers that hold a key and a value of every token."""
+        counts = self.kind_counts.items()
+        return sum(n for kind, n in counts if not isinstance(kind.attention, Recurrent))
+
+    @property
     def exact_keys(self) -> int:
         """Keys of a row that its polynomial attention treats exactly; 0 for a model without."""
         variants = (kind.attention for kind in self.layer_kinds)
@@ -241,9 +272,16 @@ class ModelShape:
         """Width of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one block: name within the block -> (outputs, inputs)."""
+    def linears(self, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: name within the block -> (outputs, inputs).
+
+        Args:
+            kind: of the block; None for one of softmax attention.
+        """
         d, f = self.hidden_size, self.intermediate_size
+        mlp = {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+        if kind is not None and isinstance(kind.attention, Recurrent):
+            return {**kind.attention.linears(d), **mlp}
         if self.fused:
             return {
                 "self_attn.qkv_proj": (self.q_size + 2 * self.kv_size, d),
@@ -252,24 +290,36 @@ class ModelShape:
                 "mlp.down_proj": (d, f),
             }
         return {
-            "self_attn.q_proj": (self.q_size, d),
+            "self_attn.q_proj": ((2 if self.output_gate else 1) * self.q_size, d),
             "self_attn.k_proj": (self.kv_size, d),
             "self_attn.v_proj": (self.kv_size, d),
             "self_attn.o_proj": (d, self.q_size),
-            "mlp.gate_proj": (f, d),
-            "mlp.up_proj": (f, d),
-            "mlp.down_proj": (d, f),
+            **mlp,
         }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of all blocks."""
+        return sum(
+            count * sum(n * k for n, k in self.linears(kind).values())
+            for kind, count in self.kind_counts.items()
+        )
 
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, tied embeddings counted once."""
-        block = sum(n * k for n, k in self.linears().values())
-        block += (4 if self.output_norms else 2) * self.hidden_size
-        block += (self.q_size + 2 * self.kv_size) if self.qkv_bias else 0
-        block += 2 * self.head_dim if self.qk_norm else 0
+        others = sum(count * self._vectors(kind) for kind, count in self.kind_counts.items())
         tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * block + tables + self.hidden_size
+        return self.linear_weights + others + tables + self.hidden_size
+
+    def _vectors(self, kind: LayerKind) -> int:
+        """Weights of one block beside those of `linears`."""
+        norms = (4 if self.output_norms else 2) * self.hidden_size
+        if isinstance(kind.attention, Recurrent):
+            sizes = kind.attention.parameters(self.hidden_size).values()
+            return norms + sum(math.prod(size) for size in sizes)
+        biases = (self.q_size + 2 * self.kv_size) if self.qkv_bias else 0
+        return norms + biases + (2 * self.head_dim if self.qk_norm else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The shape as JSON-ready values."""
@@ -278,11 +328,12 @@ class ModelShape:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
         """The inverse of `to_dict`."""
-        cycle = tuple(_layer_kind(kind) for kind in values["layer_cycle"])
+        cycle = tuple(layer_kind(kind) for kind in values["layer_cycle"])
         return cls(**{**values, "layer_cycle": cycle})
 
 
-def _layer_kind(values: Mapping[str, Any]) -> LayerKind:
+def layer_kind(values: Mapping[str, Any]) -> LayerKind:
+    """The inverse of `dataclasses.asdict` for a kind of layer."""
     rope, attention = values["rope"], layer_attention(values.get("attention"))
     if rope is None:
         return LayerKind(None, values["window"], attention)

@@ -15,7 +15,9 @@ from edgeattn.exporters.passes import fuse_residual_norms
 from edgeattn.exporters.reads import insert_reads
 from edgeattn.exporters.stamp import stamp
 from edgeattn.exporters.trace import trace_decoder
+from edgeattn.exporters.trace_encoder import trace_encoder
 from edgeattn.exporters.weights import IR_DTYPES, WeightBinder, write_weights
+from edgeattn.models.encoder_model import EncoderModel
 from edgeattn.models.model import Model, Progress
 from edgeattn.planner.lowering import Lowering
 
@@ -36,7 +38,7 @@ class GraphReport:
 
 
 def export_graph(
-    model: Model,
+    model: Model | EncoderModel,
     lowering: Lowering,
     model_file: Path,
     weights_file: Path,
@@ -53,10 +55,14 @@ def export_graph(
         progress: called with (parameters written, all parameters).
     """
     binder = WeightBinder(model, lowering)
-    graph = stamp(trace_decoder(model.shape, lowering), binder)
+    if isinstance(model, EncoderModel):
+        graph = stamp(trace_encoder(model.shape, lowering), binder)
+    else:
+        graph = stamp(trace_decoder(model.shape, lowering), binder)
     attach_functions(graph)
     inserter = Inserter(graph, IR_DTYPES[lowering.dtype])
-    insert_int8_caches(graph, model.caches, inserter)
+    if not isinstance(model, EncoderModel):
+        insert_int8_caches(graph, model.caches, inserter)
     insert_reads(graph, model.reads, inserter)
     if lowering.attention == "group-query":
         fuse_residual_norms(graph)

@@ -1,4 +1,4 @@
-"""Nodes of domain `edgeattn` in a graph: from torch's operators, with their function bodies."""
+"""What torch's operators of domain `edgeattn` become: nodes, with their function bodies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from edgeattn.models.static_cache import TENSOR_SCATTER
 from edgeattn.ops import ALL_OPS, find_op
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, PLUGIN_ATTRIBUTES, OpSpec
 from edgeattn.ops.torch_ops import TORCH_OPS
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
+# The first standard opset with TensorScatter.
+_STANDARD = values.Opset("", 24)
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -22,13 +25,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     The functions must then be attached (`attach_functions`).
     """
-    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {TENSOR_SCATTER: _tensor_scatter}
     for spec in ALL_OPS:
         assert spec.name in TORCH_OPS
         _register_schema(spec)
         operator = getattr(getattr(torch.ops, DOMAIN), spec.snake_name).default
         table[operator] = _translation(spec)
     return table
+
+
+def _tensor_scatter(past: Any, new: Any, write_indices: Any) -> Any:
+    return _STANDARD.TensorScatter(past, new, write_indices, axis=2, mode="linear")
 
 
 def _translation(spec: OpSpec) -> Callable[..., Any]:

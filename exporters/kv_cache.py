@@ -9,6 +9,7 @@ import onnx_ir as ir
 from edgeattn.exporters.inserter import Inserter
 from edgeattn.quant.kv_cache import Int8Cache
 
+_JOINS = ("Concat", "TensorScatter")
 _REARRANGED = ("Unsqueeze", "Transpose")
 
 
@@ -21,11 +22,11 @@ def insert_int8_caches(
     once, and the graph's inputs and outputs are the integers.
 
     Args:
-        model: changed in place; its caches are joined by Concat.
+        model: changed in place; its caches are joined by Concat or written by TensorScatter.
         caches: by layer.
         inserter: of this model.
     """
-    joins = {node.outputs[0].name: node for node in model.graph if node.op_type == "Concat"}
+    joins = {node.outputs[0].name: node for node in model.graph if node.op_type in _JOINS}
     for layer, cache in caches.items():
         key, value = (joins[f"present.{layer}.{part}"] for part in ("key", "value"))
         if cache.rotation is not None:
@@ -40,7 +41,7 @@ def insert_int8_caches(
 
 
 def _hold_as_int8(join: ir.Node, scale: float, inserter: Inserter) -> None:
-    past, new = join.inputs
+    past, new = join.inputs[:2]
     assert past is not None
     assert new is not None
     join.replace_input_with(1, inserter.to_int8(join, new, scale))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from edgeattn.encoder_shape import EncoderShape
 from edgeattn.exporters.trace import Trace
 from edgeattn.exporters.weights import WeightBinder
 from edgeattn.models.families import EMBEDDING, LM_HEAD
@@ -55,7 +56,8 @@ class _Stamper:
             presents += present
         self.shared[self._value(self.trace.hidden[-1])] = hidden
         self._copy_nodes((n for n in self.source if n in tail), self.shared, "")
-        return self._model([self.shared[self._value("logits")], *presents])
+        outputs = [self.shared[self._value(name)] for name in self.trace.outputs]
+        return self._model([*outputs, *presents])
 
     def _block_nodes(self, block: int) -> set[ir.Node]:
         prefix, start = f"layers.{block}.", self._value(self.trace.hidden[block])
@@ -185,7 +187,7 @@ class _Stamper:
             nodes=self.nodes,
             initializers=[*stored, *self.constants],
             opset_imports=dict(self.source.opset_imports),
-            name="decoder",
+            name="encoder" if isinstance(self.binder.model.shape, EncoderShape) else "decoder",
         )
         return ir.Model(graph, ir_version=self.trace.model.ir_version, producer_name="edgeattn")
 

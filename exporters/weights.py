@@ -13,10 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgeattn.models.attention import rotary_buffers
+from edgeattn.encoder_shape import EncoderShape
 from edgeattn.models.attention_variants import TABLES
+from edgeattn.models.encoder_families import encoder_parameters
+from edgeattn.models.encoder_model import EncoderModel
 from edgeattn.models.families import parameter_names
 from edgeattn.models.model import TORCH_DTYPES, Model, Progress, rounded
+from edgeattn.models.rotary import rotary_buffers
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.packing import pack_int4
@@ -63,17 +66,19 @@ class WeightBinder:
         tables: of attention variants by name.
     """
 
-    model: Model
+    model: Model | EncoderModel
     lowering: Lowering
     stored: dict[str, StoredTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Looks the parameter shapes up once."""
         shape, lowering = self.model.shape, self.lowering
-        self._shapes = parameter_names(shape)
+        self._shapes = (
+            encoder_parameters(shape) if isinstance(shape, EncoderShape) else parameter_names(shape)
+        )
         self.rotary = rotary_buffers(
             shape,
-            lowering.attention,
+            by_position=lowering.attention == "group-query",
             context=lowering.context or shape.max_context,
             dtype=TORCH_DTYPES[lowering.dtype],
         )

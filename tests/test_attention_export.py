@@ -92,6 +92,11 @@ def test_what_routers_do_is_told(exported: Callable[..., Path]) -> None:
     assert notes["layer 0"] == "8 of 8, dense"
     assert all("recall" in notes[f"layer {i}"] for i in range(1, 5))
     assert "at most" in notes["decoding"]
+    dense, *sparse = notes["layers"]
+    assert dense == {"layer": 0, "slots": 8, "units": 8, "recall": None, "active": []}
+    for row in sparse:
+        assert sum(row["active"]) == pytest.approx(row["slots"], abs=0.01)
+        assert len(set(row["active"])) > 1
 
 
 def test_what_polynomials_do_is_told(exported: Callable[..., Path]) -> None:
@@ -101,6 +106,12 @@ def test_what_polynomials_do_is_told(exported: Callable[..., Path]) -> None:
     assert int(notes["passed"].split()[0]) > 0
     assert "times those of exact attention" in notes["FLOPs of attention"]
     assert 0 <= report["quality"]["fallback_share"] <= 1
+    taken = [degree is not None for row in notes["layers"] for degree in row["degree"]]
+    assert (sum(taken), len(taken)) == (int(notes["passed"].split()[0]), 40)
+    errors = [error for row in notes["layers"] for error in row["error"]]
+    assert max(error for error, chosen in zip(errors, taken, strict=True) if chosen) <= 0.5
+    kinds = {row["attention"]["kind"] for row in report["layers"]}
+    assert "fft-rope" in kinds
 
 
 def test_sparse_quality_is_that_of_decoding(
@@ -153,9 +164,11 @@ def test_files_of_calibrate_are_used(
         with pytest.raises(UsageError, match=r"another (checkpoint|one)"):
             export(tiny_checkpoint, recipe, wrong)
         assert not wrong.exists()
-    rotated = Recipe("cpu", "w4a16-spinquant", attention=(asked[SPARSE],), calibration="text")
-    with pytest.raises(LoweringError, match="rotates it after"):
-        export(stories260k, rotated, tmp_path / "rotated")
+    text = {"calibration": str(novels[0]), "calibration_windows": 4}
+    recipe = Recipe("cpu", "w4a16-spinquant:down_proj=w8", attention=(asked[SPARSE],), **text)
+    found = export(stories260k, recipe, tmp_path / "rotated")
+    assert found.verification is not None
+    assert "head sparsity" in found.transforms
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,18 @@ def test_a_report_says_what_the_file_holds(
 
 
 def test_the_worst_text_is_named(
-    calibrate: Calibrate, novels: Path, capsys: pytest.CaptureFixture[str]
+    calibrate: Calibrate, stories260k: Path, novels: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [novels / "persuasion.txt", novels / "emma.txt"]
     report = calibrate(eval_texts=texts)
     assert [text.text for text in report.texts] == ["persuasion.txt", "emma.txt"]
     assert all(text.sparse > text.dense > 1 for text in report.texts)
+    checkpoint = open_checkpoint(stories260k)
+    digest = checkpoint_digest(checkpoint)
+    _, made_from = load_routers(report.path, checkpoint.shape, digest, request())
+    assert [(t["text"], t["dense"], t["sparse"]) for t in made_from["texts"]] == [
+        (text.text, text.dense, text.sparse) for text in report.texts
+    ], "the report of a bundle shows them"
     worst = max(report.texts, key=lambda text: text.sparse / text.dense)
     assert report.to_dict()["worst"] == worst.text
     print_routers(report)

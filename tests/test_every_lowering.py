@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.devices.registry import Target, all_targets, parse_target
-from edgeattn.engine import tensorrt_rtx
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import LoweringError
 from edgeattn.exporters import export as exporter
 from edgeattn.exporters.trace import trace_decoder
@@ -32,7 +32,7 @@ from edgeattn.recipe import DTYPES, LOGITS, Recipe
 from edgeattn.verify.verify import check_tensorrt
 
 needs_rtx = pytest.mark.skipif(
-    not tensorrt_rtx.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
+    not TENSORRT_RTX.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
 )
 
 # Every group of int4 weights divides every width.
@@ -82,10 +82,15 @@ def graph_of(lowering: Lowering) -> Lowering:
 
 
 def recipes(target: Target) -> Iterator[Recipe]:
-    """Every scheme in every dtype; the logits of the last place alone for the default of both."""
+    """Every scheme in every dtype; for the default of both the logits of the last place alone, too.
+
+    A static cache in every dtype, and with quantised weights in the default one.
+    """
     for quant, dtype in itertools.product(QUANTS, DTYPES):
         yield Recipe(target.name, quant, dtype)
     yield from (Recipe(target.name, logits=logits) for logits in LOGITS)
+    yield from (Recipe(target.name, dtype=dtype, kv_cache="static") for dtype in DTYPES)
+    yield from (Recipe(target.name, quant, kv_cache="static") for quant in sorted(PLAIN))
 
 
 def lowered(model: str, target: Target) -> Iterator[tuple[Lowering, Request]]:
@@ -154,6 +159,7 @@ def bundle_of(
             model=random_checkpoint(**MODELS[request.model]),
             dtype=recipe.dtype,
             logits=recipe.logits,
+            kv_cache=recipe.kv_cache,
         )
         return Bundle.open(path)
 
@@ -199,6 +205,9 @@ def test_every_choice_of_the_planner_occurs() -> None:
         (23, "standard", "concat", "dequantize-gather"),
         (23, "standard", "concat", "gather-dequantize"),
         (23, "group-query", "shared-buffer", "gather-dequantize"),
+        (24, "primitive", "static", "dequantize-gather"),
+        (24, "standard", "static", "dequantize-gather"),
+        (24, "standard", "static", "gather-dequantize"),
     }
     assert {graph.logits for graph in GRAPHS} == {"all", "last"}
     assert {graph.dtype for graph in GRAPHS} == {"fp32", "fp16", "bf16"}

@@ -100,7 +100,7 @@ for name in "errors", "recipe", "shape", "quant.scheme":
 def test_help(light):
     done = light.run("edgeattn", "--help")
     assert done.returncode == 0, done.stderr
-    for verb in "export", "verify", "eval", "run", "targets":
+    for verb in "export", "verify", "eval", "run", "plan", "targets":
         assert verb in done.stdout
         assert light.run("edgeattn", verb, "--help").returncode == 0
 
@@ -111,6 +111,25 @@ def test_targets(light):
     for target in "cpu", "jetson-orin", "l4", "t4":
         assert target in done.stdout
     assert light.json("targets")
+
+
+def test_doctor(light, tiny_bundle):
+    """It misses what only export needs, and finds no fault in that."""
+    said = light.json("doctor")
+    levels = {finding["about"]: finding["level"] for finding in said["findings"]}
+    assert (levels["export"], levels["ONNX Runtime"]) == ("warning", "ok")
+    assert light.json("doctor", tiny_bundle, "--target", "cpu")["works"]
+
+
+def test_plan(light, tiny_checkpoint, tmp_path):
+    asked = ("plan", tiny_checkpoint, "--target", "jetson-orin", "--context", "8192")
+    done = light.run("edgeattn", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "this model" in done.stdout
+    assert light.json(*asked)["own"]["prediction"]["tokens_per_s"] > 0
+    plot = light.run("edgeattn", *asked, "--plot", tmp_path / "cost.png")
+    assert plot.returncode == 1
+    assert "edgeattn[report]" in plot.stderr
 
 
 def test_run(light, tiny_bundle):

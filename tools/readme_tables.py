@@ -9,9 +9,11 @@ from typing import Any
 
 from edgeattn.devices.registry import Target, all_devices, all_targets, parse_target
 from edgeattn.devices.schema import Device
+from edgeattn.models.encoder_families import ENCODER_FAMILIES, EncoderFamily
 from edgeattn.models.families import FAMILIES, Family
 from edgeattn.ops import ALL_OPS
 from edgeattn.ops.spec import OpSpec
+from edgeattn.recurrent import Rule
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
@@ -32,6 +34,34 @@ def families() -> str:
     return table(("`model_type`", "known as", "beyond Llama", "GGUF"), rows)
 
 
+def encoders() -> str:
+    """Every family of encoders: what it is called, reads and is made of."""
+    rows = (
+        (
+            f"`{family.name}`",
+            family.examples,
+            "images" if family.reads_images else "text",
+            layers(family),
+            "yes" if family.head else "no",
+        )
+        for family in ENCODER_FAMILIES.values()
+    )
+    return table(("`model_type`", "known as", "reads", "layers", "classification"), rows)
+
+
+def layers(family: EncoderFamily) -> str:
+    """How the blocks of a family of encoders are made."""
+    features = (
+        (True, "RMSNorm" if family.norm == "rms" else "LayerNorm"),
+        (True, "before attention and MLP" if family.pre_norm else "behind each sum"),
+        (family.rope, "RoPE"),
+        (family.gated, "gated MLP"),
+        (family.layer_scale, "LayerScale"),
+    )
+    first, second, *rest = [text for has, text in features if has]
+    return ", ".join((f"{first} {second}", *rest))
+
+
 def special(family: Family) -> str:
     """What the decoder does for this family and not for Llama."""
     features = (
@@ -40,12 +70,21 @@ def special(family: Family) -> str:
         (family.skips_rope, "layers without rope (NoPE)"),
         (family.qkv_bias, "biases on q, k, v"),
         (family.qk_norm, "norms on q and k"),
+        (family.output_gate, "a gate on what attention gives"),
+        (family.rule is not None, linear(family.rule)),
         (family.output_norms, "norms behind attention and MLP"),
         (family.softcaps, "soft caps, where the config has them"),
         (family.scaled_embedding, "scaled embedding"),
         (bool(family.fused), "weights stored fused"),
     )
     return "; ".join(text for has, text in features if has) or "–"
+
+
+def linear(rule: Rule | None) -> str:
+    """Which linear attention a family has."""
+    if rule == "gated":
+        return "gated linear attention in every layer"
+    return "Gated DeltaNet in most layers"
 
 
 def windows(period: int) -> str:
@@ -137,6 +176,7 @@ def updated(text: str) -> str:
         ValueError: the marks of a part are missing.
     """
     parts = {
+        "encoders": encoders(),
         "families": families(),
         "targets": targets(),
         "schemes": schemes(),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeattn.bundle.manifest import Manifest, parse_manifest
+from edgeattn.encoder_shape import KIND as ENCODER
+from edgeattn.encoder_shape import EncoderShape
 from edgeattn.errors import BundleError
 from edgeattn.shape import ModelShape
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
+STRIPPED_MODEL = "model.stripped.onnx"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -23,8 +27,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENAI_CONFIG = "genai_config.json"
 GOLDEN = "golden/decoder.npz"
+GOLDEN_ENCODER = "golden/encoder.npz"
 GOLDEN_OPERATORS = "golden/operators.npz"
 PLUGINS = "plugins"
+DEVICE_SCRIPT = "build_on_device.sh"
 ROTATIONS = "rotations.safetensors"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report/index.html"
@@ -87,14 +93,62 @@ class Bundle:
         return self.path / MODEL
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether it holds an encoder, not a decoder."""
+        return self.manifest.shape.get("kind") == ENCODER
+
+    @property
     def shape(self) -> ModelShape:
-        """Architecture of the model.
+        """Architecture of the decoder.
 
         Raises:
-            BundleError: the manifest's shape does not add up.
+            BundleError: it is none, or the manifest's shape does not add up.
         """
-        try:
+        self.require_decoder()
+        with self._reading_shape():
             return ModelShape.from_dict(self.manifest.shape)
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        """Architecture of the encoder.
+
+        Raises:
+            BundleError: it is none, or the manifest's shape does not add up.
+        """
+        self.require_encoder()
+        with self._reading_shape():
+            return EncoderShape.from_dict(self.manifest.shape)
+
+    def require_decoder(self) -> None:
+        """Refuses an encoder.
+
+        Raises:
+            BundleError: it is one.
+        """
+        if self.is_encoder:
+            raise BundleError(
+                expected=f"a decoder in {self.path}",
+                came="it is an encoder, which generates no tokens",
+                todo="use edgeattn.runtime.EncoderSession from Python",
+            )
+
+    def require_encoder(self) -> None:
+        """Refuses a decoder.
+
+        Raises:
+            BundleError: it is one.
+        """
+        if not self.is_encoder:
+            raise BundleError(
+                expected=f"an encoder in {self.path}",
+                came="it is a decoder",
+                todo="use edgeattn run, or edgeattn.runtime.Session from Python",
+            )
+
+    @contextmanager
+    def _reading_shape(self) -> Iterator[None]:
+        try:
+            yield
         except (TypeError, KeyError) as error:
             raise BundleError(
                 expected="the model's shape in the manifest",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.stream import batches
 
 # From the normed input `[n, L, hidden]` and the heads' outputs `[n, L, H, D]` of a few windows to

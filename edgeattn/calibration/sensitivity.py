@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from edgeattn.calibration.walk import STAGES, LayerWalk
-from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.linear import Linear, linear_of
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import Head, embed_windows, run_layer, window_inputs

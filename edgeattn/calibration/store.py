@@ -11,7 +11,8 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edgeattn.calibration.work import WorkFolder, write_tensors, write_text
+from edgeattn.bundle.whole_file import write_text
+from edgeattn.calibration.work import WorkFolder, write_tensors
 from edgeattn.errors import UsageError
 from edgeattn.models.families import LM_HEAD
 from edgeattn.quant.affine import QuantizedTensor

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.stream import batches, run_layer
 from edgeattn.shape import ModelShape
 

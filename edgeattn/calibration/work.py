@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgeattn.errors import BundleError, UsageError
+from edgeattn.bundle.whole_file import PARTIAL, whole_file, write_text
+from edgeattn.errors import UsageError
 
 LOCK = "lock"
 _KEY = "made-from.json"
-_PARTIAL = ".partial"
 
 
 class WorkFolder:
@@ -56,7 +55,7 @@ class WorkFolder:
 def has_parts(folder: Path) -> bool:
     """Whether a folder of unfinished work holds something that took long to make."""
     files = (file for file in folder.rglob("[!.]*") if file.is_file())
-    return any(file.name not in (LOCK, _KEY) and file.suffix != _PARTIAL for file in files)
+    return any(file.name not in (LOCK, _KEY) and file.suffix != PARTIAL for file in files)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -65,34 +64,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         BundleError: the disk is full, or refuses for another reason.
     """
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file likewise."""
-    with _whole(path) as partial:
-        partial.write_text(text, "utf-8")
+def save_state(
+    path: Path, tensors: Mapping[str, Tensor], about: Any, made_from: Mapping[str, Any]
+) -> None:
+    """Writes a part of unfinished work that says what it was made from; see `read_state`.
+
+    Args:
+        path: the safetensors file.
+        tensors: on the CPU.
+        about: JSON-ready values beside them.
+        made_from: JSON-ready values that say what the part depends on.
+
+    Raises:
+        BundleError: the disk is full, or refuses for another reason.
+    """
+    facts = {"about": about, "made_from": made_from}
+    metadata = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
+    write_tensors(path, tensors, metadata)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file likewise."""
-    with _whole(path) as partial:
-        partial.write_bytes(content)
+def read_state(path: Path, made_from: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any] | None:
+    """The tensors of a part and what is noted beside them; None where there is no file.
 
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name `path` at the end, or is removed when that fails."""
-    partial = path.with_name(f"{path.name}{_PARTIAL}")
+    Raises:
+        UsageError: it was made from something else, or the file is damaged.
+    """
+    if not path.exists():
+        return None
     try:
-        yield partial
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(
-            expected=f"to write {path}",
-            came=f"the disk refused ({getattr(error, 'strerror', None) or error})",
-            todo="free some space or choose another folder with -o",
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata["made_from"] != json.dumps(made_from, sort_keys=True):
+                raise UsageError(
+                    expected=f"the unfinished work in {path} to be of this command",
+                    came="it was started with another model, recipe or text",
+                    todo="delete the file, or run the command it was started with again",
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(metadata["about"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UsageError(
+            expected=f"unfinished work in {path}",
+            came=f"it does not read ({error})",
+            todo="delete the file, and the same command starts from the beginning",
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -60,7 +60,8 @@ def command(model: str, attention: str, tolerance: str | None, **options: Any) -
     `--attention head-sparse:density=D,routers=FILE`. Work that was stopped goes on where it was
     when the same command runs again.
     """
-    from edgeattn.attention import FftRopeRequest, parse_attention
+    from edgeattn.attention import FftRopeRequest, HeadSparseRequest, parse_attention
+    from edgeattn.errors import UsageError
 
     if tolerance is not None:
         attention += f"{',' if ':' in attention else ':'}tolerance={tolerance}"
@@ -68,9 +69,15 @@ def command(model: str, attention: str, tolerance: str | None, **options: Any) -
     if isinstance(request, FftRopeRequest):
         _refuse(request.name, options, "eval_texts")
         _fft_rope(model, request, **options)
-    else:
+    elif isinstance(request, HeadSparseRequest):
         _refuse(request.name, options, "target", "context")
         _head_sparse(model, request, **options)
+    else:
+        raise UsageError(
+            expected="an attention variant that is prepared on a text: fft-rope or head-sparse",
+            came=f"{request.label} was given, which needs none",
+            todo="run edgeattn export",
+        )
 
 
 def _refuse(name: str, options: dict[str, Any], *others: str) -> None:

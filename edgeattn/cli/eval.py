@@ -25,6 +25,9 @@ Examples:
 @click.option("--length", default=512, show_default=True, help="Tokens of each.")
 @click.option("--fast", is_flag=True, help="ONNX Runtime's int8 activations, as `run` uses them.")
 @click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option(
+    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
     bundle: str,
@@ -33,6 +36,7 @@ def command(
     length: int,
     fast: bool,
     threads: int | None,
+    provider: str,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of the bundle BUNDLE on a text.
@@ -44,7 +48,7 @@ def command(
     from edgeattn.runtime import Session
 
     text = _read(file)
-    session = Session.open(bundle, threads=threads, exact=not fast)
+    session = Session.open(bundle, threads=threads, exact=not fast, provider=provider)
     evaluation = _evaluate(session, text, windows, length)
     mode = "fast" if fast else "exact"
     if as_json:

@@ -24,6 +24,8 @@ Examples:
   edgeattn export ./SmolLM2-135M --target l4 --quant w4a16-spinquant --calibration novel.txt
   edgeattn export ./SmolLM2-135M --target jetson-orin --attention head-sparse:density=0.75 \\
       --calibration novel.txt
+  edgeattn export ./SmolLM2-135M --target jetson-orin --attention gqa:kv_heads=1 \\
+      --calibration novel.txt --finetune-text novel.txt --finetune-steps 200
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
@@ -39,11 +41,21 @@ Examples:
     "--attention",
     multiple=True,
     metavar="NAME[:k=v,…]",
-    help="Attention variant: fft-rope or head-sparse:density=D; see README.",
+    help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; see README.",
+)
+@click.option(
+    "--task",
+    metavar="hidden|embedding|classification",
+    help="Of an encoder: what comes out.  [what the checkpoint was made for]",
 )
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Default: what the target prefers.")
 @click.option("--context", type=int, help="Longest sequence in tokens.")
 @click.option("--batch", type=int, help="Most rows at once.")
+@click.option(
+    "--kv-cache",
+    metavar="growing|static",
+    help="A static cache has its full size from the start; see README.",
+)
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
 @click.option("--calibration", metavar="FILE|DIR", help="Text for what is calibrated.")
 @click.option(
@@ -52,6 +64,13 @@ Examples:
     help=f"Windows of {CALIBRATION_LENGTH} tokens of it [{CALIBRATION_WINDOWS}].",
 )
 @click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
+@click.option(
+    "--finetune-text", metavar="FILE|DIR", help="Text to train on after a lossy transform."
+)
+@click.option(
+    "--finetune-steps", type=int, metavar="N", help="Steps of that training, such as 200."
+)
+@click.option("--finetune-lr", type=float, metavar="RATE", help="Its highest learning rate.")
 @click.option("--eval-text", metavar="FILE", help="Measure the exported graph's quality on it.")
 @click.option("--max-ppl-increase", metavar="10%", help="Refuse a bundle that lost more.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
@@ -138,6 +157,7 @@ def command(
 
 
 def _show_plan(plan: ExportPlan) -> None:
+    from edgeattn.cli.tables import size_text
     from edgeattn.planner.estimate import MEASURED_ON
 
     for key, value in plan.lowering.to_dict().items():
@@ -145,31 +165,26 @@ def _show_plan(plan: ExportPlan) -> None:
     expected = plan.estimate
     rows = f"{expected.batch} rows" if expected.batch > 1 else "1 row"
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in expected.seconds.items())
-    click.echo(f"{'weights':16} {_size(expected.weight_bytes)}")
-    click.echo(f"{'graph':16} {_size(expected.graph_bytes)}")
-    click.echo(
-        f"{'cache':16} {_size(expected.cache_bytes_per_token)} per token, "
-        f"{_size(expected.cache_bytes)} at {expected.context} tokens in {rows}"
-    )
-    free = f"{_size(plan.free_bytes)} are free"
+    click.echo(f"{'weights':16} {size_text(expected.weight_bytes)}")
+    click.echo(f"{'graph':16} {size_text(expected.graph_bytes)}")
+    if expected.cache_bytes:  # an encoder has none
+        click.echo(
+            f"{'cache':16} {size_text(expected.cache_bytes_per_token)} per token, "
+            f"{size_text(expected.cache_bytes)} at {expected.context} tokens in {rows}"
+        )
+    free = f"{size_text(plan.free_bytes)} are free"
     wrong = "" if plan.fits else ": TOO LITTLE, the export would be refused"
-    click.echo(f"{'disk':16} {_size(expected.disk_bytes)}, {free}{wrong}")
-    click.echo(f"{'memory':16} {_size(expected.memory_bytes)} at the peak, estimated")
+    click.echo(f"{'disk':16} {size_text(expected.disk_bytes)}, {free}{wrong}")
+    click.echo(f"{'memory':16} {size_text(expected.memory_bytes)} at the peak, estimated")
     click.echo(f"{'time':16} {sum(expected.seconds.values()):.0f} s, estimated, on {MEASURED_ON}")
     click.echo(f"{'':16} {seconds}")
-
-
-def _size(count: int) -> str:
-    if count < 1e6:
-        return f"{count / 1e3:,.1f} kB"
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def _show_report(report: ExportReport) -> None:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     size = report.graph.weight_bytes / 1e6
     click.echo(f"{report.path}: {report.graph.nodes} nodes, {size:.1f} MB of weights ({seconds})")
-    if not (report.path / "tokenizer.json").is_file():
+    if report.reads_text and not (report.path / "tokenizer.json").is_file():
         click.echo("no tokenizer.json in the checkpoint: applications must bring token ids")
     _show_transforms(report.transforms)
     if report.verification is None:
@@ -198,8 +213,14 @@ def _show_transforms(notes: Mapping[str, Any]) -> None:
         if not isinstance(found, Mapping):
             click.echo(f"{name}: {found}")
         elif not name.startswith("sensitivity"):  # a long table; it is in the report
-            values = (f"{key} {_shown(value)}".strip() for key, value in found.items())
+            lines = {key: value for key, value in found.items() if not _is_table(value)}
+            values = (f"{key} {_shown(value)}".strip() for key, value in lines.items())
             click.echo(f"{name}: {', '.join(values)}")
+
+
+def _is_table(value: object) -> bool:
+    """Whether it is for the report, which has the room."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _shown(value: object) -> str:

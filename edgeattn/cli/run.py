@@ -34,6 +34,9 @@ _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 @click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
 @click.option("--exact", is_flag=True, help="Quantised weights: fp32 sums, as proven; slower.")
 @click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option(
+    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.pass_context
 def command(
@@ -48,17 +51,18 @@ def command(
     seed: int,
     exact: bool,
     threads: int | None,
+    provider: str,
     as_json: bool,
 ) -> None:
     """Continue a prompt with the bundle BUNDLE, token by token.
 
-    The text goes to standard output, the speed to standard error.
+    The text goes to standard output, speed and memory of the cache to standard error.
     """
     # not at the top: `edgeattn --help` must not wait for numpy
     from edgeattn.runtime import Session, generate
 
     generation = generate(
-        Session.open(bundle, threads=threads, exact=exact),
+        Session.open(bundle, threads=threads, exact=exact, provider=provider),
         _read_stdin() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -100,12 +104,15 @@ def _read_stdin() -> str:
 
 
 def _speed(generation: Generation) -> str:
+    from edgeattn.cli.tables import size_text
+
     prefill, decode = generation.prefill_tokens_per_second, generation.decode_tokens_per_second
     parts = [
         f"prefill {generation.prompt_tokens} tokens"
         + (f" at {prefill:.1f} tokens/s" if prefill else ""),
         f"decode {len(generation.token_ids)} tokens"
         + (f" at {decode:.1f} tokens/s" if decode else ""),
+        f"cache {size_text(generation.cache_bytes)}",
         f"ended by {generation.finish_reason}",
     ]
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Tables that more than one verb prints."""
+"""Tables and figures that more than one verb prints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ if TYPE_CHECKING:
     from edgeattn.planner.polynomial_heads import Layer, PolynomialHeads
 
 
-def print_verification(verification: Mapping[str, Any], *, error_stream: bool = False) -> None:
+def size_text(count: float) -> str:
+    """Bytes as a person reads them."""
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def print_verification(
+    verification: Mapping[str, Any], *, builder: bool = True, error_stream: bool = False
+) -> None:
     """Prints, for each implementation, the worst tensor of each kind against its bound.
 
     Args:
         verification: as `Verification.to_dict` gives it.
+        builder: also print what TensorRT's parser and builder said.
         error_stream: print on standard error.
     """
     from rich import box
@@ -44,7 +54,10 @@ def print_verification(verification: Mapping[str, Any], *, error_stream: bool = 
             )
         if agreement["first_bad"]:
             console.print(f"the first error is in {agreement['first_bad']}")
-    click.echo(_tensorrt_line(verification["tensorrt"]), err=error_stream)
+    for case in verification.get("left_out", ()):
+        click.echo(f"not run: {case}", err=error_stream)
+    if builder:
+        click.echo(_tensorrt_line(verification["tensorrt"]), err=error_stream)
 
 
 def print_routers(report: RoutersReport) -> None:
@@ -77,11 +90,11 @@ def _tensorrt_line(report: Mapping[str, Any] | None) -> str:
     if report["status"] == "built":
         seconds = (report["seconds_parse"] or 0) + (report["seconds_build"] or 0)
         return (
-            f"TensorRT-RTX {report['version']} parsed and built it for SM{report['sm']}: "
+            f"TensorRT-RTX {report['version']} parsed and built it for SM{report['sms'][0]}: "
             f"{report['layers']} layers, engine {(report['engine_bytes'] or 0) / 1e6:.1f} MB, "
             f"{seconds:.1f} s (not run on the device)"
         )
-    return f"TensorRT-RTX for SM{report['sm']}: {report['status']}, {report['reason']}"
+    return f"TensorRT-RTX for SM{report['sms'][0]}: {report['status']}, {report['reason']}"
 
 
 def print_polynomial_heads(heads: PolynomialHeads) -> None:

@@ -13,6 +13,7 @@ Examples:
   edgeattn verify ./bundle --checkpoint ./SmolLM2-135M
   edgeattn verify ./bundle --checkpoint HuggingFaceTB/SmolLM2-135M --offline
   edgeattn verify ./bundle --no-tensorrt --json
+  edgeattn verify ./bundle --backend tensorrt
   edgeattn verify ./bundle --backend triton
 """
 
@@ -29,7 +30,17 @@ Examples:
 @click.option(
     "--backend",
     default="onnxruntime",
-    help="onnxruntime: the graph; triton: the kernels of its own operators, on a GPU.",
+    help="onnxruntime: the graph; tensorrt: an engine of edgeattn build, on its GPU; "
+    "triton: the kernels of its own operators, on a GPU.",
+)
+@click.option(
+    "--engine",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --backend tensorrt: which engine.  [the newest that runs here]",
+)
+@click.option(
+    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
@@ -38,6 +49,8 @@ def command(
     offline: bool,
     no_tensorrt: bool,
     backend: str,
+    engine: Path | None,
+    provider: str,
     as_json: bool,
 ) -> None:
     """Prove BUNDLE: every hash, ONNX Runtime against the reference, TensorRT's parser and builder.
@@ -55,6 +68,8 @@ def command(
             offline=offline,
             tensorrt=not no_tensorrt,
             backend=backend,
+            engine=engine,
+            provider=provider,
             progress=progress,
         )
     if as_json and verification.passed:
@@ -62,5 +77,5 @@ def command(
     elif not as_json:
         from edgeattn.cli.tables import print_verification
 
-        print_verification(verification.to_dict())
+        print_verification(verification.to_dict(), builder=backend == "onnxruntime")
     verification.raise_if_failed()

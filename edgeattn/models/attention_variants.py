@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from edgeattn.attention import FftRope, HeadSparse, LayerAttention
+from edgeattn.attention import FftRope, HeadSparse, SoftmaxVariant
 from edgeattn.models.packed_keys import PackedKeys, delayed, in_time
 from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.shape import ModelShape
@@ -18,7 +18,7 @@ TABLES = "self_attn.tables"
 
 
 def table_sizes(
-    attention: LayerAttention, shape: ModelShape
+    attention: SoftmaxVariant, shape: ModelShape
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and size of each table of a layer; they keep their dtype whatever the model's is.
 
@@ -44,7 +44,7 @@ def table_sizes(
 class Tables(nn.Module):
     """The tables of a layer as buffers that stay in their dtype where the layer is converted."""
 
-    def __init__(self, attention: LayerAttention, shape: ModelShape) -> None:
+    def __init__(self, attention: SoftmaxVariant, shape: ModelShape) -> None:
         super().__init__()
         for name, (dtype, size) in table_sizes(attention, shape).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype))
@@ -65,7 +65,7 @@ class Tables(nn.Module):
 
 
 def attend_variant(
-    attention: LayerAttention,
+    attention: SoftmaxVariant,
     tables: Tables,
     x: Tensor,
     q: Tensor,

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgeattn.encoder_shape import AnyShape, EncoderShape
 from edgeattn.errors import CheckpointError
+from edgeattn.models.encoder_config import is_encoder_config, stored_encoder_parameters
+from edgeattn.models.encoder_families import ENCODER_FAMILIES
 from edgeattn.models.families import LM_HEAD
 from edgeattn.models.huggingface import StoredParameter, shape_from_config, stored_parameters
 from edgeattn.shape import ModelShape
@@ -63,15 +66,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing is there, the kind is unknown, or the header does not add up.
     """
-    if path.is_dir():
+    # unlike Path's own, these take names too long for a file
+    if os.path.isdir(path):
         return _open_directory(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         from edgeattn.models.gguf import open_gguf
 
         return open_gguf(path)
     raise CheckpointError(
         expected="a Hugging Face directory or a .gguf file as MODEL",
-        came=f"{path} is neither" if path.exists() else f"{path} does not exist",
+        came=f"{path} is neither" if os.path.exists(path) else f"{path} does not exist",
         todo="pass the folder that holds config.json and model.safetensors, a .gguf file, or "
         "OWNER/NAME of a repository on the Hugging Face hub",
     )
@@ -87,26 +91,41 @@ def checkpoint_name(path: Path) -> str:
 def read_shape(path: Path) -> ModelShape:
     """The architecture of MODEL, without torch and without looking at its weights."""
     if path.is_dir():
-        return shape_from_config(_read_json(path / "config.json", required=True))
+        return _decoder_shape(read_json(path / "config.json", required=True))
     return open_checkpoint(path).shape
 
 
+def _decoder_shape(config: Mapping[str, Any]) -> ModelShape:
+    if is_encoder_config(config):
+        raise CheckpointError(
+            expected="a decoder, which predicts the next token",
+            came=f"family {config['model_type']} is an encoder",
+            todo="use edgeattn export, which takes encoders too",
+        )
+    return shape_from_config(config)
+
+
 def _open_directory(path: Path) -> Checkpoint:
-    config = _read_json(path / "config.json", required=True)
-    shape = shape_from_config(config)
+    config = read_json(path / "config.json", required=True)
+    shape = _decoder_shape(config)
     weights = SafetensorsReader.open(path, shape, config)
     return Checkpoint(
         name=checkpoint_name(path),
         shape=shape,
         config=config,
-        generation_config=_read_json(path / "generation_config.json", required=False),
+        generation_config=read_json(path / "generation_config.json", required=False),
         text={n: (path / n).read_bytes() for n in TEXT_FILES if (path / n).is_file()},
         identity={"format": "huggingface", **weights.identity(config)},
         weights=weights,
     )
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    """A JSON object of a checkpoint; empty where it is not required and not there.
+
+    Raises:
+        CheckpointError: it is missing, or cannot be read.
+    """
     if not path.is_file():
         if not required:
             return {}
@@ -147,10 +166,14 @@ class SafetensorsReader:
     Attributes:
         files: tensor name in the files -> file.
         stored: parameter name -> where it lies.
+        prefix: of the names in the files, in checkpoints that have one.
+        left_out: beginnings of names that nothing here reads.
     """
 
     files: Mapping[str, Path]
     stored: Mapping[str, StoredParameter]
+    prefix: str = "model."
+    left_out: tuple[str, ...] = (LM_HEAD,)
 
     @classmethod
     def open(
@@ -162,20 +185,36 @@ class SafetensorsReader:
             CheckpointError: no weights, a missing or broken shard, an index that leads outside, or
                 tensors of another architecture.
         """
-        files = cls._files(directory)
-        if shape.num_layers > len(files):
-            # Also keeps an absurd number in config.json from being counted up to.
-            raise CheckpointError(
-                expected=f"weights of {shape.num_layers} layers, as config.json says",
-                came=f"the checkpoint holds {len(files)} tensors",
-                todo="use the config.json that belongs to these weights",
-            )
+        files = cls._files(directory, shape.num_layers)
         reader = cls(files, stored_parameters(shape, config))
         reader._check(shape)
         return reader
 
+    @classmethod
+    def open_encoder(cls, directory: Path, shape: EncoderShape) -> SafetensorsReader:
+        """As `open`, of an encoder's directory."""
+        files = cls._files(directory, shape.num_layers)
+        family = ENCODER_FAMILIES[shape.family]
+        stored = stored_encoder_parameters(shape)
+        reader = cls(files, stored, family.prefix, family.left_out)
+        reader._check(shape)
+        return reader
+
+    @classmethod
+    def _files(cls, directory: Path, num_layers: int) -> dict[str, Path]:
+        """The file of each tensor."""
+        files = cls._listed(directory)
+        if num_layers > len(files):
+            # Also keeps an absurd number in config.json from being counted up to.
+            raise CheckpointError(
+                expected=f"weights of {num_layers} layers, as config.json says",
+                came=f"the checkpoint holds {len(files)} tensors",
+                todo="use the config.json that belongs to these weights",
+            )
+        return files
+
     @staticmethod
-    def _files(directory: Path) -> dict[str, Path]:
+    def _listed(directory: Path) -> dict[str, Path]:
         """The file of each tensor, from the index or the single file."""
         single = directory / "model.safetensors"
         if single.is_file():
@@ -187,7 +226,7 @@ class SafetensorsReader:
                 came="the directory holds neither",
                 todo="save the model with safetensors (pickled .bin files are never loaded)",
             )
-        shards = _read_json(index, required=True).get("weight_map")
+        shards = read_json(index, required=True).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
             raise CheckpointError(
                 expected=f"a weight_map from tensor to file name in {index}",
@@ -205,7 +244,7 @@ class SafetensorsReader:
                 )
         return {name: files[shard] for name, shard in shards.items()}
 
-    def _check(self, shape: ModelShape) -> None:
+    def _check(self, shape: AnyShape) -> None:
         """Every parameter is there, in its shape and a dtype we read, and nothing else."""
         headers = {file: _header(file) for file in set(self.files.values())}
         for parameter in self.stored.values():
@@ -225,12 +264,13 @@ class SafetensorsReader:
                 )
         self._refuse_unread(shape)
 
-    def _refuse_unread(self, shape: ModelShape) -> None:
+    def _refuse_unread(self, shape: AnyShape) -> None:
         """A weight that nothing reads means another architecture: the numbers would be wrong."""
         read = {self._stored_name(parameter.name) for parameter in self.stored.values()}
         for name in self.files:
             # Old checkpoints carry the frequencies; a tied head may be stored a second time.
-            known = name.endswith("rotary_emb.inv_freq") or name == LM_HEAD
+            inner = name.removeprefix(self.prefix)
+            known = name.endswith("rotary_emb.inv_freq") or inner.startswith(self.left_out)
             if name not in read and not known:
                 raise CheckpointError(
                     expected=f"only weights that a {shape.family} of {shape.num_layers} layers has",
@@ -268,11 +308,11 @@ class SafetensorsReader:
         }
 
     def _stored_name(self, name: str) -> str:
-        for candidate in (f"model.{name}", name):
+        for candidate in (f"{self.prefix}{name}", name):
             if candidate in self.files:
                 return candidate
         raise CheckpointError(
-            expected=f"a tensor model.{name}, as config.json implies",
+            expected=f"a tensor {self.prefix}{name}, as config.json implies",
             came="no file of the checkpoint holds it",
             todo="download the missing shard or use the config.json of these weights",
         )

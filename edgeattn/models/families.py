@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgeattn.errors import CheckpointError
+from edgeattn.recurrent import Recurrent, Rule
 from edgeattn.shape import ModelShape
 
 # Parameter names inside edgeattn are Hugging Face's Llama names without the leading "model.".
@@ -28,6 +29,9 @@ class Family:
         examples: checkpoints a user may know it by.
         qkv_bias: q, k and v projections carry a bias.
         qk_norm: RMSNorm on q and k per head.
+        output_gate: softmax attention's output is multiplied with a sigmoid.
+        rule: of its linear attention, which takes the place of softmax attention in all or most
+            layers (`recurrent_config`); None when the family has none.
         output_norms: RMSNorm on what attention and MLP give, too.
         scaled_embedding: the embedding is multiplied with the root of its width.
         softcaps: the config may bound attention scores and logits by a tanh.
@@ -48,6 +52,8 @@ class Family:
     examples: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    output_gate: bool = False
+    rule: Rule | None = None
     output_norms: bool = False
     scaled_embedding: bool = False
     softcaps: bool = False
@@ -76,6 +82,27 @@ _GEMMA_NORMS = {
     "attention_output_norm.weight": "post_attention_layernorm.weight",
     "post_attention_layernorm.weight": "pre_feedforward_layernorm.weight",
     "mlp_output_norm.weight": "post_feedforward_layernorm.weight",
+}
+_GATED_DELTA_NET = {
+    "linear_attn.qkv_proj.weight": "linear_attn.in_proj_qkv.weight",
+    "linear_attn.gate_proj.weight": "linear_attn.in_proj_z.weight",
+    "linear_attn.rate.weight": "linear_attn.in_proj_b.weight",
+    "linear_attn.decay.weight": "linear_attn.in_proj_a.weight",
+    "linear_attn.decay_bias": "linear_attn.dt_bias",
+    "linear_attn.decay_log": "linear_attn.A_log",
+    "linear_attn.conv_weight": "linear_attn.conv1d.weight",
+}
+_GATED_LINEAR = {
+    EMBEDDING: "embeddings.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "mlp_norm.weight",
+    **{f"linear_attn.{name}_proj.weight": f"attn.{name}_proj.weight" for name in "qkv"},
+    "linear_attn.gate_proj.weight": "attn.g_proj.weight",
+    "linear_attn.out_proj.weight": "attn.o_proj.weight",
+    "linear_attn.decay_down.weight": "attn.gk_proj.0.weight",
+    "linear_attn.decay_up.weight": "attn.gk_proj.1.weight",
+    "linear_attn.decay_up.bias": "attn.gk_proj.1.bias",
+    "linear_attn.norm.weight": "attn.g_norm_swish_gate.weight",
 }
 _PHI_FUSED = {
     "self_attn.qkv_proj.weight": tuple(f"self_attn.{p}_proj.weight" for p in "qkv"),
@@ -146,6 +173,31 @@ FAMILIES: dict[str, Family] = {
             renamed=_GEMMA_NORMS,
             unsupported={**_BIASES, **_BIDIRECTIONAL},
         ),
+        Family(
+            "qwen3_5_text",
+            examples="Qwen3.5 (text)",
+            qk_norm=True,
+            output_gate=True,
+            rule="gated-delta",
+            gain_offset=1.0,
+            renamed=_GATED_DELTA_NET,
+            unsupported=_BIASES,
+        ),
+        Family(
+            "gla",
+            examples="GLA 340M, 1.3B and 2.7B",
+            rule="gated",
+            renamed=_GATED_LINEAR,
+            unsupported={
+                "feature_map": "a feature map on queries and keys",
+                "use_short_conv": "short convolutions",
+                "use_gv": "a decay per value channel",
+                "clamp_min": "a bound on decays",
+                "attn": "layers of softmax attention",
+                "attnres_block_size": "attention over residuals",
+                **_QUANTIZED,
+            },
+        ),
     )
 }
 
@@ -170,13 +222,16 @@ def parameter_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     d = shape.hidden_size
     names: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, d)}
     for i in range(shape.num_layers):
-        prefix = f"layers.{i}."
+        prefix, kind = f"layers.{i}.", shape.layer_kind(i)
         names[prefix + "input_layernorm.weight"] = (d,)
-        for linear, (outputs, inputs) in shape.linears().items():
+        for linear, (outputs, inputs) in shape.linears(kind).items():
             names[f"{prefix}{linear}.weight"] = (outputs, inputs)
             if shape.qkv_bias and linear in QKV:
                 names[f"{prefix}{linear}.bias"] = (outputs,)
-        if shape.qk_norm:
+        if isinstance(kind.attention, Recurrent):
+            for name, size in kind.attention.parameters(d).items():
+                names[prefix + name] = size
+        elif shape.qk_norm:
             names[prefix + "self_attn.q_norm.weight"] = (shape.head_dim,)
             names[prefix + "self_attn.k_norm.weight"] = (shape.head_dim,)
         names[prefix + "post_attention_layernorm.weight"] = (d,)

@@ -127,7 +127,7 @@ class Outline:
 def read_outline(model: str | Path, *, offline: bool = False) -> Outline:
     """Looks at MODEL without torch; of a hub id only config.json is fetched."""
     hub_id = find_hub_id(model)
-    if hub_id is None and not Path(model).is_dir():
+    if hub_id is None and not os.path.isdir(model):  # any text may be a name
         return Outline.of(open_checkpoint(Path(model)))
     if hub_id is None:
         path, sizes = Path(model), _sizes(Path(model))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgeattn.models.attention import OperatorForm
 from edgeattn.models.attention_variants import LayerTables
-from edgeattn.models.checkpoint import Checkpoint, check_finite
+from edgeattn.models.checkpoint import Checkpoint, WeightReader, check_finite
 from edgeattn.models.decoder import Decoder, DecoderLayer
 from edgeattn.models.families import parameter_names
 from edgeattn.models.linear import Linear
@@ -50,6 +50,7 @@ class Model:
         reads: how linear layers read their inputs, by the name of the weight; most as they are.
         caches: formats of int8 caches by layer; the others hold keys and values as computed.
         tables: what the attention variants of `shape` read, by layer (`attention_variants`).
+        basis: R1 `[d, d]` where the residual stream is the checkpoint's times it, else None.
     """
 
     shape: ModelShape
@@ -57,24 +58,33 @@ class Model:
     reads: Mapping[str, LinearInput] = field(default_factory=dict)
     caches: Mapping[int, Int8Cache] = field(default_factory=dict)
     tables: LayerTables = field(default_factory=dict)
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _CheckpointWeights:
-    checkpoint: Checkpoint
+class CheckpointWeights:
+    """Parameters as a checkpoint holds them; a NaN or infinite weight is refused when read.
+
+    Attributes:
+        reader: of the checkpoint.
+    """
+
+    reader: WeightReader
 
     def format(self, name: str) -> WeightFormat | None:
+        """None: nothing is quantised."""
         return None
 
     def read(self, name: str) -> Tensor:
-        tensor = self.checkpoint.weights.read(name)
+        """The parameter in the dtype it is stored in."""
+        tensor = self.reader.read(name)
         check_finite(name, tensor)
         return tensor
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
     """The model as the checkpoint holds it; a NaN or infinite weight is refused when read."""
-    return Model(checkpoint.shape, _CheckpointWeights(checkpoint))
+    return Model(checkpoint.shape, CheckpointWeights(checkpoint.weights))
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
@@ -136,7 +146,7 @@ def load_decoder(
         if progress:
             progress(count, len(names))
     decoder.reset_rotary()
-    _set_reads(decoder, model, "")
+    set_reads(decoder, model.reads, "")
     for index, block in enumerate(decoder.blocks()):
         _set_attention(block, model, index)
     return decoder
@@ -147,7 +157,7 @@ def load_layer(
 ) -> DecoderLayer:
     """Builds one block in PyTorch with its weights, in `weight_dtype`; see `load_decoder`."""
     with torch.device("meta"):
-        layer = DecoderLayer(model.shape, form, model.shape.layer_kind(index).attention)
+        layer = DecoderLayer(model.shape, form, model.shape.layer_kind(index))
     layer = layer.to(weight_dtype).to_empty(device="cpu").eval().requires_grad_(False)
     prefix = f"layers.{index}."
     parameters = dict(layer.named_parameters())
@@ -155,18 +165,27 @@ def load_layer(
         if name.startswith(prefix):
             value = rounded(name, model.weights.read(name), weight_dtype)
             parameters[name.removeprefix(prefix)].copy_(value)
-    _set_reads(layer, model, prefix)
+    set_reads(layer, model.reads, prefix)
     _set_attention(layer, model, index)
     return layer
 
 
 def _set_attention(layer: DecoderLayer, model: Model, index: int) -> None:
+    if layer.is_recurrent:
+        return
     layer.self_attn.cache = model.caches.get(index)
     if layer.self_attn.tables is not None:
         layer.self_attn.tables.fill(model.tables[index])
 
 
-def _set_reads(module: nn.Module, model: Model, prefix: str) -> None:
+def set_reads(module: nn.Module, reads: Mapping[str, LinearInput], prefix: str) -> None:
+    """Lets the linear layers of a module read their inputs as `reads` says.
+
+    Args:
+        module: the whole network or a block.
+        reads: by the name of the weight.
+        prefix: of the module's names, "" or "layers.3.".
+    """
     for name, part in module.named_modules():
         if isinstance(part, Linear):
-            part.reads = model.reads.get(f"{prefix}{name}.weight", AS_IT_IS)
+            part.reads = reads.get(f"{prefix}{name}.weight", AS_IT_IS)

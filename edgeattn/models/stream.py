@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from edgeattn.models.attention import LayerInputs, RMSNorm, inverse_frequencies, layer_inputs
+from edgeattn.models.attention import RMSNorm
 from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
+from edgeattn.models.layer_inputs import LayerInputs, layer_inputs
 from edgeattn.models.model import Model, load_layer, rounded
 from edgeattn.models.packed_keys import PackedKeys
+from edgeattn.models.rotary import inverse_frequencies
 from edgeattn.shape import LayerKind, ModelShape
 
 # Windows that pass through a layer at once.
 BATCH = 4
+# exp of more nats overflows fp64.
+_HIGHEST_LOSS = 700.0
 
 
 def embed_windows(model: Model, windows: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +64,7 @@ def final_hidden(
 def run_layer(layer: DecoderLayer, hidden: Tensor, shared: LayerInputs) -> None:
     """Passes `hidden` `[N, L, hidden]` through one layer, in place."""
     for rows in batches(hidden):
-        past, inputs = layer.self_attn.no_past(len(rows), rows.dtype), shared
+        past, inputs = layer.mixer.no_past(len(rows), rows.dtype), shared
         if isinstance(shared.keys, PackedKeys):  # whose operators do not broadcast
             inputs = replace(shared, keys=shared.keys.expand(len(rows)))
         rows.copy_(layer(rows, inputs, past)[0])
@@ -106,6 +111,12 @@ class Head:
             logits = self.logits(rows[:-1])
             found.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
         return torch.stack(found)
+
+
+def perplexity(model: Model, windows: Tensor) -> float:
+    """Exp of the mean next-token loss on token ids `[N, L]`; infinite where it is no number."""
+    nats = float(Head(model).losses(final_hidden(model, windows), windows).mean())
+    return math.exp(min(nats, _HIGHEST_LOSS)) if math.isfinite(nats) else math.inf
 
 
 def batches(hidden: Tensor) -> Iterator[Tensor]:

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.attention import FftRopeRequest, HeadSparseRequest
+from edgeattn.attention import FftRopeRequest, HeadSparseRequest, RecurrentRequest
 from edgeattn.devices.registry import parse_target
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
+from edgeattn.pipeline.layer_records import polynomial_records, router_records
+from edgeattn.pipeline.regroup import made_before
 from edgeattn.planner.attention_calibration import attention_text
 from edgeattn.planner.head_sparsity import WORTH_IT, cache_share, decode_speedup
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
-from edgeattn.planner.memory import cache_bytes_per_token, weight_bytes
+from edgeattn.planner.memory import cache_bytes_per_token, read_bytes
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 
@@ -26,25 +28,24 @@ _PART = "attention"
 
 
 def require_attention(recipe: Recipe) -> None:
-    """Refuses a variant's file that is missing, or does not go with the scheme, before any work.
+    """Refuses a variant's file that is missing, before any work.
 
     Raises:
         UsageError: no such file, or none of these.
-        LoweringError: routers for a stream that the scheme rotates.
     """
     request = recipe.attention_request
+    if request is not None and recipe.group_query is not None and not request.needs_calibration:
+        raise LoweringError(
+            expected=f"{request.name} to be measured on the regrouped model",
+            came=f"{request.label} names a file that was made for the checkpoint's own heads",
+            todo=f"leave out {request.name}'s file, or {recipe.group_query.label}",
+        )
     if isinstance(request, FftRopeRequest) and request.heads is not None:
         from edgeattn.planner.polynomial_heads import read_polynomial_heads
 
         read_polynomial_heads(Path(request.heads))
     if not isinstance(request, HeadSparseRequest) or request.routers is None:
         return
-    if recipe.scheme.rotation != "none":
-        raise LoweringError(
-            expected="routers that were trained on the residual stream they will read",
-            came=f"scheme {recipe.scheme.label} rotates it after {request.routers} was made",
-            todo="leave out routers=: they are then trained on the rotated model",
-        )
     if not Path(request.routers).is_file():
         raise UsageError(
             expected=f"a file {request.routers}",
@@ -77,7 +78,7 @@ def with_attention(
         EdgeattnError: a text or a file that does not fit.
     """
     request = recipe.attention_request
-    if request is None:
+    if request is None or isinstance(request, RecurrentRequest):
         return model, {}
     arguments = (checkpoint, model, recipe, lowering, work / _PART, clock)
     if isinstance(request, FftRopeRequest):
@@ -88,7 +89,8 @@ def with_attention(
 def without_variant(recipe: Recipe, lowering: Lowering, shape: ModelShape) -> Lowering:
     """The lowering of a recipe whose attention variant no layer of the model takes."""
     target = parse_target(recipe.target)
-    plain = plan_lowering(replace(recipe, attention=()), target)
+    group_query = () if recipe.group_query is None else (recipe.group_query.label,)
+    plain = plan_lowering(replace(recipe, attention=group_query), target)
     return fit_lowering(replace(plain, dtype=lowering.dtype), shape, target)
 
 
@@ -121,8 +123,10 @@ def _fft_rope(
         options = ("--context", "--calibration-windows")
         text = CalibrationText(Path(recipe.calibration), length, windows, *options)
         made_from = {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}
+        made_from |= made_before(recipe)
         heads = calibrated_heads(checkpoint, model, request, text, made_from, work, clock)
-    notes = cost_notes(heads, checkpoint.shape, context)
+    notes = cost_notes(heads, model.shape, context)
+    notes |= {"tolerance": heads.tolerance, "layers": polynomial_records(heads)}
     return with_polynomials(model, heads), {"polynomial heads": notes}
 
 
@@ -135,7 +139,7 @@ def _head_sparse(
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.models.model import checkpoint_digest
+    from edgeattn.models.model import checkpoint_digest, model_of
     from edgeattn.pipeline.calibrate_routers import (
         layer_densities,
         routers_made_from,
@@ -143,17 +147,19 @@ def _head_sparse(
     )
     from edgeattn.pipeline.transform import calibration_windows
     from edgeattn.transforms.routers_file import load_routers
-    from edgeattn.transforms.sparsify import sparsify
+    from edgeattn.transforms.sparsify import in_basis_of, sparsify
 
     if request.routers is not None:
         routers, made_from = load_routers(
             Path(request.routers), model.shape, checkpoint_digest(checkpoint), request
         )
+        routers = in_basis_of(routers, model, model_of(checkpoint))
         about = {"trained on": str(made_from.get("text", "an unknown text"))}
     else:
         windows, text = calibration_windows(checkpoint, recipe, lowering.context)
         made_from = routers_made_from(checkpoint, request, text)
         made_from |= {"quant": recipe.quant, "dtype": lowering.dtype, "context": lowering.context}
+        made_from |= made_before(recipe)
         routers = train_on_text(model, request, windows, work, made_from, clock)
         about = {"trained on": text["text"]}
     layers = layer_densities(routers, model.shape.num_layers)
@@ -166,13 +172,16 @@ def _head_sparse(
     for layer in layers:
         recall = "dense" if layer.recall is None else f"recall {layer.recall:.1%}"
         notes[f"layer {layer.layer}"] = f"{layer.slots} of {routers.units}, {recall}"
+    notes["layers"] = router_records(routers, len(layers))
+    if request.routers is not None and made_from.get("texts"):
+        notes["texts"] = made_from["texts"]
     return sparsify(model, routers), {"head sparsity": notes}
 
 
 def _gain(model: Model, lowering: Lowering, density: float) -> str:
     """What fewer heads can buy at the recipe's context and batch."""
     context = lowering.context or model.shape.max_context
-    weights = weight_bytes(model.shape, lowering)
+    weights = read_bytes(model.shape, lowering)
     per_token = cache_bytes_per_token(model.shape, lowering)
     share = cache_share(weights, per_token, context, lowering.batch)
     gain = decode_speedup(share, density)

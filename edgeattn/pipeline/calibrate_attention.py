@@ -227,7 +227,7 @@ def calibrated_heads(
 
 def _write(path: Path, heads: PolynomialHeads, clock: Clock) -> Path | None:
     """The JSON file and, with matplotlib, the heat map; each appears whole or not at all."""
-    from edgeattn.calibration.work import write_bytes, write_text
+    from edgeattn.bundle.whole_file import write_bytes, write_text
 
     write_text(path, heads.model_dump_json(indent=1) + "\n")
     image = None

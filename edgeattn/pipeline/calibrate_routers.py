@@ -156,7 +156,7 @@ def calibrate_routers(
         routers = train_on_text(dense, request, found, work, made_from, clock)
         losses = tuple(_judge(dense, routers, *named, clock) for named in judged)
         clock.stop()
-        save_routers(path, routers, made_from)
+        save_routers(path, routers, {**made_from, "texts": [asdict(loss) for loss in losses]})
     layers = layer_densities(routers, dense.shape.num_layers)
     return RoutersReport(path, request.label, layers, losses, clock.seconds)
 
@@ -200,7 +200,8 @@ def train_on_text(
         UsageError: the folder holds work of another command, or the density is too low.
         BundleError: the disk refuses.
     """
-    from edgeattn.calibration.work import WorkFolder, write_text
+    from edgeattn.bundle.whole_file import write_text
+    from edgeattn.calibration.work import WorkFolder
     from edgeattn.transforms.head_density import layer_slots
     from edgeattn.transforms.routers_file import load_routers, save_routers
     from edgeattn.transforms.sparsify import RoutedLayer, Routers, train_routers

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +11,14 @@ from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
-from edgeattn.errors import BundleError, UsageError
+from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
+from edgeattn.pipeline.device_script import write_device_script
+from edgeattn.pipeline.export_encoder import export_encoder, plan_encoder_export, refuse_task
+from edgeattn.pipeline.export_report import ExportPlan, ExportReport, fitting, free_bytes
+from edgeattn.pipeline.layer_records import layer_records
 from edgeattn.pipeline.plugins import Plugins, given_library, place_library, plugins_for
-from edgeattn.pipeline.records import write_manifest, write_report, write_text_files
+from edgeattn.pipeline.records import bundle_sizes, write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     open_checked,
     proof_tokens,
@@ -27,7 +28,9 @@ from edgeattn.pipeline.transform import (
 )
 from edgeattn.pipeline.work import open_work
 from edgeattn.planner.attention_calibration import FAR_LENGTH
-from edgeattn.planner.estimate import Estimate, estimate
+from edgeattn.planner.cost_curve import cost_curves
+from edgeattn.planner.estimate import estimate
+from edgeattn.planner.group_query import regrouped_shape, regrouping
 from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
 from edgeattn.text_file import read_text
@@ -37,83 +40,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.engine.plugins import PluginLibrary
-    from edgeattn.exporters.export import GraphReport
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.models.hub import Outline
     from edgeattn.verify.quality import Quality
-    from edgeattn.verify.verify import Verification
 
 
 EVAL_WINDOWS, EVAL_LENGTH = 12, 512
 # What the name of a folder should not hold.
 _NO_NAME = re.compile(r"[^\w.-]+")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export` did.
-
-    Attributes:
-        path: the bundle.
-        lowering: what was decided.
-        graph: nodes and bytes written.
-        verification: the proof, None with `verify=False`.
-        quality: on the recipe's evaluation text, None without one.
-        transforms: what each transform reports, JSON-ready.
-        seconds: wall time by stage.
-        plugins: the plugin library in the bundle, None where the graph needs none.
-    """
-
-    path: Path
-    lowering: Lowering
-    graph: GraphReport
-    verification: Verification | None
-    quality: Quality | None
-    transforms: Mapping[str, Any]
-    seconds: dict[str, float]
-    plugins: PluginLibrary | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {
-            "bundle": str(self.path),
-            "lowering": self.lowering.to_dict(),
-            "nodes": self.graph.nodes,
-            "weight_bytes": self.graph.weight_bytes,
-            "quality": self.quality.to_dict() if self.quality else None,
-            "transforms": dict(self.transforms),
-            "verification": self.verification.to_dict() if self.verification else None,
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "plugins": self.plugins.to_dict() if self.plugins else None,
-        }
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """What `export` would do.
-
-    Attributes:
-        lowering: what was decided.
-        estimate: sizes, and seconds by stage.
-        free_bytes: of the disk that would hold the bundle.
-    """
-
-    lowering: Lowering
-    estimate: Estimate
-    free_bytes: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether the disk can hold the bundle."""
-        return self.estimate.disk_bytes <= self.free_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {
-            "lowering": self.lowering.to_dict(),
-            **self.estimate.to_dict(),
-            "free_bytes": self.free_bytes,
-        }
 
 
 def default_output(model: str | Path, recipe: Recipe) -> Path:
@@ -125,9 +59,9 @@ def default_output(model: str | Path, recipe: Recipe) -> Path:
     if target.software.name != target.device.software.default:
         parts.append(target.software.name)
     parts.append(recipe.scheme.label.replace(":", "-").replace("=", ""))
-    request = recipe.attention_request
-    parts += [] if request is None else [_NO_NAME.sub("-", request.label)]
+    parts += [_NO_NAME.sub("-", request.label) for request in recipe.attention_requests]
     parts += [recipe.dtype] if recipe.dtype else []
+    parts += ["static-cache"] if recipe.kv_cache == "static" else []
     return Path("-".join(parts))
 
 
@@ -145,6 +79,7 @@ def plan_export(
     Raises:
         EdgeattnError: a refusal. A disk that is too small is none: see `ExportPlan.fits`.
     """
+    from edgeattn.models.encoder_checkpoint import is_encoder
     from edgeattn.models.hub import read_outline
 
     target = parse_target(recipe.target)
@@ -152,6 +87,9 @@ def plan_export(
     require_inputs(recipe)
     if plugin_library is not None:
         given_library(plugin_library, target)
+    if is_encoder(model, offline=offline):
+        return plan_encoder_export(model, recipe, output, offline=offline, verify=verify)
+    refuse_task(recipe)
     return _plan(recipe, lowering, read_outline(model, offline=offline), target, output, verify)
 
 
@@ -169,6 +107,8 @@ def export(
 ) -> ExportReport:
     """Exports a checkpoint to a proven bundle; the bundle appears whole or not at all.
 
+    An encoder goes the way of `edgeattn.pipeline.export_encoder`.
+
     Args:
         model: Hugging Face directory, GGUF file or, as a str, a hub id owner/name[@revision].
         recipe: what is asked for.
@@ -185,6 +125,8 @@ def export(
         EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; layers that
             were finished on a calibration text wait beside it, and the error notes where.
     """
+    from edgeattn.models.encoder_checkpoint import is_encoder
+
     target = parse_target(recipe.target)
     lowering = plan_lowering(recipe, target)
     require_inputs(recipe)
@@ -194,6 +136,10 @@ def export(
         )
     library = None if plugin_library is None else given_library(plugin_library, target)
     require_export_extra()
+    if is_encoder(model, offline=offline):
+        options = {"offline": offline, "verify": verify, "force": force}
+        return export_encoder(model, recipe, output, **options, progress=progress)
+    refuse_task(recipe)
     clock = Clock(progress)
     with (
         rare_collections(),
@@ -202,7 +148,7 @@ def export(
     ):
         checkpoint, fitted = open_checked(
             model,
-            lambda found: _fitting(_plan(recipe, lowering, found, target, output, verify), output),
+            lambda found: fitting(_plan(recipe, lowering, found, target, output, verify), output),
             clock,
             offline=offline,
         )
@@ -218,33 +164,21 @@ def _plan(
     output: Path,
     verify: bool,
 ) -> ExportPlan:
-    from edgeattn.engine.tensorrt_rtx import is_available
+    from edgeattn.engine.flavours import TENSORRT_RTX
 
-    lowering = fit_lowering(lowering, outline.shape, target)
+    shape = regrouped_shape(outline.shape, recipe.group_query)
+    lowering = fit_lowering(lowering, shape, target)
     expected = estimate(
-        outline.shape,
+        shape,
         lowering,
         text_bytes=outline.text_bytes,
         verify=verify,
-        tensorrt=is_available(),
+        tensorrt=TENSORRT_RTX.is_available(),
         calibration_windows=recipe.calibration_windows,
         learns=recipe.rotations is None,
+        regrouped=regrouping(outline.shape, recipe, lowering.context),
     )
-    place = Path(os.path.abspath(output))
-    while not place.exists():
-        place = place.parent
-    return ExportPlan(lowering, expected, shutil.disk_usage(place).free)
-
-
-def _fitting(plan: ExportPlan, output: Path) -> Lowering:
-    """What the plan decided, where the disk can hold it."""
-    if not plan.fits:
-        raise BundleError(
-            expected=f"{plan.estimate.disk_bytes / 1e6:,.1f} MB of free disk for {output}",
-            came=f"{plan.free_bytes / 1e6:,.1f} MB are free",
-            todo="free some space or choose another folder with -o",
-        )
-    return plan.lowering
+    return ExportPlan(lowering, expected, free_bytes(output))
 
 
 def _export(
@@ -261,6 +195,7 @@ def _export(
     clock: Clock,
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
+    from edgeattn.models.families import parameter_names
     from edgeattn.verify.verify import prove
 
     tokens = proof_tokens(checkpoint)
@@ -276,12 +211,16 @@ def _export(
         progress=clock.count,
     )
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
-    write_text_files(writer, checkpoint, lowering)
+    shape = regrouped_shape(checkpoint.shape, recipe.group_query)
+    shape = replace(shape, tied_embeddings=model.shape.tied_embeddings)
+    write_text_files(writer, checkpoint, lowering, shape)
     model_file = writer.path / layout.MODEL
     plugins = None
     if with_plugins:
         plugins = plugins_for(model_file, target, library=library, progress=clock.progress)
     placed = place_library(plugins.target, writer.path / layout.PLUGINS) if plugins else None
+    in_bundle = placed.path if placed is not None else None
+    write_device_script(writer, target, lowering, shape, library=in_bundle)
     learned = work / layout.ROTATIONS
     if lowering.scheme.rotation == "learned" and learned.exists():  # for a later --rotations
         writer.write(layout.ROTATIONS, learned.read_bytes())
@@ -306,11 +245,21 @@ def _export(
     notes = {**transformed.notes, **_about_plugins(plugins, library, verify)}
     if placed is not None:  # the bundle moves to its place when it is whole
         placed = replace(placed, path=output / placed.path.relative_to(writer.path))
+    curves = cost_curves(replace(shape, layer_cycle=model.shape.layer_cycle), lowering, target)
     report = ExportReport(
-        output, lowering, graph, verification, quality, notes, clock.seconds, placed
+        output,
+        lowering,
+        graph,
+        verification,
+        quality,
+        notes,
+        clock.seconds,
+        placed,
+        layer_records(model, parameter_names(model.shape), lowering.dtype),
+        bundle_sizes(checkpoint, lowering, shape, graph.weight_bytes, model_file, placed),
+        [curve.to_dict() for curve in curves],
     )
-    write_report(writer, checkpoint, recipe, report)
-    shape = replace(checkpoint.shape, tied_embeddings=model.shape.tied_embeddings)
+    write_report(writer, checkpoint, recipe, report, shape)
     write_manifest(writer, checkpoint, recipe, target, report, shape)
     writer.commit()
     return report

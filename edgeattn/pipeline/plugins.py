@@ -16,6 +16,7 @@ import onnx
 
 from edgeattn.devices.registry import Target, all_devices
 from edgeattn.devices.schema import Gpu
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.engine.plugins import (
     LIBRARY,
     PluginLibrary,
@@ -26,7 +27,6 @@ from edgeattn.engine.plugins import (
     require_variants,
     runs_on,
 )
-from edgeattn.engine.tensorrt_rtx import is_available
 from edgeattn.engine.toolchain import ARCHITECTURES, Toolchain, build_library, find_toolchain
 from edgeattn.errors import LoweringError, UsageError, unknown_name
 from edgeattn.ops import find_op
@@ -212,7 +212,7 @@ def plugins_for(
     chosen = library or _library(LibraryRequest(gpu.host, (gpu.sm,), ops), progress)
     require_variants(chosen, nodes, gpu.sm)
     require_states(chosen, model)
-    if not is_available():
+    if not TENSORRT_RTX.is_available():
         return Plugins(chosen, None, "no: TensorRT-RTX is not installed")
     here, sm = platform.machine(), gpu.nearest_rtx_sm
     if chosen.arch == here and any(runs_on(sm, compiled) for compiled in chosen.sms):
@@ -228,6 +228,20 @@ def plugins_for(
 def _library(request: LibraryRequest, progress: Progress | None) -> PluginLibrary:
     found = finished_library(request)
     return found or build_plugins(request.arch, request.sms, ops=request.ops, progress=progress)
+
+
+def library_for_machine(model_file: Path, sms: Sequence[int]) -> PluginLibrary:
+    """A library for this machine's processor with the plugins of a graph, built where needed.
+
+    Args:
+        model_file: the graph.
+        sms: GPUs it shall have kernels for.
+
+    Raises:
+        EdgeattnError: it cannot be built here.
+    """
+    ops = _ops_with_plugin(plugin_nodes(onnx.load(model_file, load_external_data=False)))
+    return _library(LibraryRequest(platform.machine(), tuple(sms), ops), None)
 
 
 def library_for_check(model_file: Path, rtx_sm: int | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn import __version__
@@ -17,24 +18,39 @@ from edgeattn.bundle.manifest import (
 )
 from edgeattn.bundle.writer import BundleWriter
 from edgeattn.devices.registry import Target
+from edgeattn.encoder_shape import AnyShape
 from edgeattn.planner.lowering import Lowering
+from edgeattn.planner.memory import cache_bytes_per_token
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 
 if TYPE_CHECKING:
+    from edgeattn.engine.plugins import PluginLibrary
     from edgeattn.models.checkpoint import Checkpoint
-    from edgeattn.pipeline.export import ExportReport
+    from edgeattn.models.encoder_checkpoint import EncoderCheckpoint
+    from edgeattn.pipeline.export_report import ExportReport
 
 
-def write_text_files(writer: BundleWriter, checkpoint: Checkpoint, lowering: Lowering) -> None:
-    """Writes tokenizer, templates and configurations."""
+def write_text_files(
+    writer: BundleWriter, checkpoint: Checkpoint, lowering: Lowering, shape: ModelShape
+) -> None:
+    """Writes tokenizer, templates and configurations; the latter with the graph's own heads."""
     for name, content in checkpoint.text.items():
         writer.write(name, content)
-    writer.write(layout.CONFIG, _json(dict(checkpoint.config)))
+    config, before = dict(checkpoint.config), checkpoint.shape
+    if (shape.num_heads, shape.num_kv_heads) != (before.num_heads, before.num_kv_heads):
+        config |= {
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+        }
+    writer.write(layout.CONFIG, _json(config))
     writer.write(layout.GENERATION_CONFIG, _json(dict(checkpoint.generation_config)))
+    if lowering.kv_cache == "static":
+        return  # onnxruntime-genai has no name for write_indices
     genai = genai_config(
-        checkpoint.shape,
-        context=lowering.context or checkpoint.shape.max_context,
+        shape,
+        context=lowering.context or shape.max_context,
         shared_buffer=lowering.kv_cache == "shared-buffer",
         model_file=layout.MODEL,
         config=checkpoint.config,
@@ -43,17 +59,28 @@ def write_text_files(writer: BundleWriter, checkpoint: Checkpoint, lowering: Low
     writer.write(layout.GENAI_CONFIG, _json(genai))
 
 
+def write_encoder_text_files(writer: BundleWriter, checkpoint: EncoderCheckpoint) -> None:
+    """Writes tokenizer or image preprocessing, and the configuration."""
+    for name, content in checkpoint.text.items():
+        writer.write(name, content)
+    writer.write(layout.CONFIG, _json(dict(checkpoint.config)))
+
+
 def write_report(
-    writer: BundleWriter, checkpoint: Checkpoint, recipe: Recipe, report: ExportReport
+    writer: BundleWriter,
+    checkpoint: Checkpoint | EncoderCheckpoint,
+    recipe: Recipe,
+    report: ExportReport,
+    shape: AnyShape,
 ) -> None:
-    """Writes report.json and its page."""
+    """Writes report.json and its page; `shape` as for `write_manifest`."""
     from edgeattn.verify.report import report_html
 
     content = {
         "edgeattn": __version__,
         "model": checkpoint.name,
         "source": dict(checkpoint.identity),
-        "shape": checkpoint.shape.to_dict(),
+        "shape": shape.to_dict(),
         "recipe": recipe.to_dict(),
         **{k: v for k, v in report.to_dict().items() if k != "bundle"},
         "bundle": report.path.name,
@@ -62,13 +89,46 @@ def write_report(
     writer.write(layout.REPORT_HTML, report_html(content))
 
 
+def bundle_sizes(
+    checkpoint: Checkpoint | EncoderCheckpoint,
+    lowering: Lowering,
+    shape: AnyShape,
+    weight_bytes: int,
+    model_file: Path,
+    plugins: PluginLibrary | None,
+) -> dict[str, int]:
+    """Bytes of the checkpoint, of what a device loads, and of a cache for the whole context.
+
+    Args:
+        checkpoint: source.
+        lowering: how the cache is stored, and for how long a context.
+        shape: of the model in the graph.
+        weight_bytes: of the graph's external data.
+        model_file: the graph.
+        plugins: the library in the bundle.
+    """
+    found = {
+        "checkpoint": sum(checkpoint.identity["files"].values()),
+        "weights": weight_bytes,
+        "graph": model_file.stat().st_size,
+    }
+    if plugins is not None:
+        found["plugins"] = plugins.bytes
+    if isinstance(shape, ModelShape):  # an encoder has no cache
+        per_token = cache_bytes_per_token(shape, lowering)
+        found["cache_per_token"] = per_token
+        context = lowering.context or shape.max_context
+        found["cache"] = per_token * context * lowering.batch
+    return found
+
+
 def write_manifest(
     writer: BundleWriter,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | EncoderCheckpoint,
     recipe: Recipe,
     target: Target,
     report: ExportReport,
-    shape: ModelShape,
+    shape: AnyShape,
 ) -> None:
     """Writes manifest.json, the last file, with the hashes of all others.
 

@@ -14,6 +14,7 @@ from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
+from edgeattn.pipeline.regroup import made_before, with_regrouped_heads
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import CALIBRATION_LENGTH, Recipe
@@ -102,7 +103,7 @@ def require_inputs(recipe: Recipe) -> None:
             todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
-    for text in (calibration, recipe.eval_text):
+    for text in (calibration, recipe.finetune_text, recipe.eval_text):
         if text is not None:
             read_text(Path(text))
 
@@ -111,14 +112,16 @@ def _calibrated(recipe: Recipe) -> str:
     """What of a recipe is calibrated, scheme or attention variant."""
     if recipe.scheme.needs_calibration:
         return f"scheme {recipe.scheme.name}"
-    assert recipe.attention_request is not None
-    return recipe.attention_request.label
+    return next(r.label for r in recipe.attention_requests if r.needs_calibration)
 
 
 def transform(
     checkpoint: Checkpoint, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
 ) -> Transformed:
-    """Applies the transforms of `recipe`.
+    """Applies the transforms of `recipe` in their order.
+
+    Heads are regrouped and the model is trained before its weights are rotated and quantised;
+    polynomials and routers come last, as they are measured on the model as it will be.
 
     Args:
         checkpoint: where the weights are.
@@ -135,12 +138,14 @@ def transform(
     from edgeattn.transforms.fuse import fuse_projections
     from edgeattn.transforms.quantize import quantize
 
-    model, notes = model_of(checkpoint), dict[str, Any]()
+    model = model_of(checkpoint)
     context = lowering.context or checkpoint.shape.max_context
     model = replace(model, shape=model.shape.within(context))
+    model, notes = with_regrouped_heads(checkpoint, model, recipe, lowering.context, work, clock)
     scheme, scale_dtype = lowering.scheme, TORCH_DTYPES[lowering.dtype]
     if scheme.needs_calibration or scheme.rotation != "none":
-        model, notes = _on_text(checkpoint, model, recipe, lowering, work, clock)
+        model, about = _on_text(checkpoint, model, recipe, lowering, work, clock)
+        notes = {**notes, **about}
     else:
         model = quantize(model, scheme, scale_dtype=scale_dtype)
     if scheme.weight_bits:
@@ -180,6 +185,7 @@ def _on_text(
         "dtype": lowering.dtype,
         "context": lowering.context,
         "rotations": _sha256(recipe.rotations),
+        **made_before(recipe),
         **about,
     }
     quantizer = CalibratedQuantizer(

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import BundleError, UsageError, unknown_name
 from edgeattn.pipeline.clock import Clock, Progress
+from edgeattn.pipeline.proven import golden_file, require_source
 from edgeattn.pipeline.transform import proof_tokens, require_export_extra, transform
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
+    from edgeattn.devices.probe import Probe
+    from edgeattn.engine.record import Engine
     from edgeattn.verify.golden import Golden
     from edgeattn.verify.verify import Verification
 
 
-BACKENDS = ("onnxruntime", "triton")
+BACKENDS = ("onnxruntime", "tensorrt", "triton")
 
 
 def verify_bundle(
@@ -29,6 +31,8 @@ def verify_bundle(
     offline: bool = False,
     tensorrt: bool = True,
     backend: str = "onnxruntime",
+    engine: Path | None = None,
+    provider: str = "cpu",
     progress: Progress | None = None,
 ) -> Verification:
     """Proves a bundle again against golden vectors or the checkpoint.
@@ -38,11 +42,16 @@ def verify_bundle(
         checkpoint: compare with torch on it (see `export`); None uses the golden vectors.
         offline: take a hub id from the cache alone.
         tensorrt: also parse and build with TensorRT-RTX where the target has a TensorRT.
-        backend: "onnxruntime" for the graph, or "triton" for the kernels of its operators alone.
+        backend: "onnxruntime" for the graph, "tensorrt" for an engine on this machine's GPU, or
+            "triton" for the kernels of its operators alone.
+        engine: with backend "tensorrt", which; None takes the newest that runs here.
+        provider: with backend "onnxruntime", where it runs: "cpu", "cuda" or "tensorrt".
         progress: called with (stage, done, total).
 
     Raises:
         BundleError: the bundle is damaged, or has no golden vectors and no checkpoint was given.
+        UsageError: an unknown backend, or an engine for another one.
+        EdgeattnError: no engine runs here.
     """
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.bundle.graph import read_graph
@@ -51,11 +60,33 @@ def verify_bundle(
 
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
+    if engine is not None and backend != "tensorrt":
+        raise _other_backend("--engine", "tensorrt", backend)
+    if provider != "cpu" and backend != "onnxruntime":
+        raise _other_backend("--provider", "onnxruntime", backend)
     bundle = Bundle.open(path)
     read_graph(bundle)
     if backend == "triton":
         return _verify_triton(bundle)
     lowering = Lowering.from_dict(bundle.manifest.lowering)
+    if bundle.is_encoder:
+        from edgeattn.pipeline.verify_encoder import verify_encoder_bundle
+
+        return verify_encoder_bundle(
+            bundle,
+            lowering,
+            backend=backend,
+            checkpoint=checkpoint,
+            offline=offline,
+            tensorrt=tensorrt,
+            provider=provider,
+            progress=progress,
+        )
+    if backend == "tensorrt":
+        # whether an engine runs here is known before a checkpoint is read
+        chosen, found = _engine_of(bundle, engine)
+        golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
+        return _verify_engine(chosen, bundle, golden, found, progress)
     golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
     return check(
         bundle.model_file,
@@ -63,6 +94,7 @@ def verify_bundle(
         lowering,
         bundle.shape,
         tensorrt=tensorrt,
+        provider=provider,
         plugin_library=library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None,
         progress=progress,
     )
@@ -83,6 +115,37 @@ def _verify_triton(bundle: Bundle) -> Verification:
     return Verification((check_triton(load_samples(file)),), None)
 
 
+def _other_backend(option: str, backend: str, came: str) -> UsageError:
+    return UsageError(
+        expected=f"{option} together with --backend {backend}",
+        came=f"the backend is {came}",
+        todo=f"pass --backend {backend}, or leave out {option}",
+    )
+
+
+def _engine_of(bundle: Bundle, named: Path | None) -> tuple[Engine, Probe]:
+    from edgeattn.devices.probe import probe
+    from edgeattn.engine.record import choose_engine, read_engine, require_runs_here
+
+    found = probe()
+    if named is None:
+        return choose_engine(bundle, found), found
+    engine = read_engine(named)
+    require_runs_here(engine, bundle, found)
+    return engine, found
+
+
+def _verify_engine(
+    engine: Engine, bundle: Bundle, golden: Golden, found: Probe, progress: Progress | None
+) -> Verification:
+    """Runs an engine even where it passed before: that is what was asked for."""
+    from edgeattn.pipeline.selftest import run_and_store
+    from edgeattn.verify.verify import Verification
+
+    _, checked = run_and_store(engine, bundle, golden, found, progress)
+    return Verification((checked.agreement,), None, checked.left_out)
+
+
 def _golden_of(
     bundle: Bundle,
     lowering: Lowering,
@@ -94,14 +157,7 @@ def _golden_of(
     from edgeattn.verify.verify import record_golden
 
     if checkpoint is None:
-        file = bundle.file(layout.GOLDEN)
-        if file is None:
-            raise BundleError(
-                expected=f"golden vectors in {bundle.path}",
-                came="it was exported with --no-verify and has none",
-                todo="pass --checkpoint MODEL, or export it again with verification",
-            )
-        return Golden.load(file)
+        return Golden.load(golden_file(bundle, layout.GOLDEN))
     from edgeattn.models.hub import open_model
 
     recipe = Recipe.from_dict(bundle.manifest.recipe)
@@ -115,17 +171,7 @@ def _golden_of(
     require_export_extra()
     clock = Clock(progress)
     opened = open_model(checkpoint, offline=offline, progress=clock.staged("downloading"))
-    if opened.identity["fingerprint"] != bundle.manifest.source.get("fingerprint"):
-        raise BundleError(
-            expected=f"the checkpoint that {bundle.path} was exported from",
-            came=f"{checkpoint} is another one",
-            todo=f"pass the checkpoint named {_source_name(bundle.manifest.source)}",
-        )
+    require_source(bundle, opened.identity, checkpoint)
     tokens = proof_tokens(opened)
     model = transform(opened, recipe, lowering, bundle.path, clock).model
     return record_golden(model, lowering, tokens=tokens, progress=progress)
-
-
-def _source_name(source: Mapping[str, Any]) -> str:
-    """What the checkpoint of a bundle is called; of the hub's, what fetches it again."""
-    return "{hub_id}@{commit}".format(**source) if "hub_id" in source else str(source.get("name"))

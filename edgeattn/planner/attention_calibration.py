@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeattn.attention import AttentionRequest, FftRopeRequest
+from edgeattn.attention import FftRopeRequest, LayerRequest
 from edgeattn.planner.calibration import window_length
 from edgeattn.recipe import CALIBRATION_LENGTH
 from edgeattn.shape import ModelShape
@@ -16,7 +16,7 @@ _STREAMS, _SCORE_MATRICES, _ROWS = 6, 10, 256
 
 
 def attention_text(
-    request: AttentionRequest, shape: ModelShape, context: int | None, windows: int
+    request: LayerRequest, shape: ModelShape, context: int | None, windows: int
 ) -> tuple[int, int]:
     """Windows of the calibration text, and tokens of each.
 
@@ -33,7 +33,7 @@ def attention_text(
 
 
 def attention_seconds(
-    request: AttentionRequest, shape: ModelShape, context: int | None, windows: int
+    request: LayerRequest, shape: ModelShape, context: int | None, windows: int
 ) -> float:
     """Seconds of calibrating a variant; see `attention_text` for the arguments."""
     count, length = attention_text(request, shape, context, windows)
@@ -45,7 +45,7 @@ def attention_seconds(
 
 
 def attention_bytes(
-    request: AttentionRequest, shape: ModelShape, context: int | None, windows: int
+    request: LayerRequest, shape: ModelShape, context: int | None, windows: int
 ) -> int:
     """Memory of calibrating a variant beside one layer; see `attention_text` for the arguments."""
     count, length = attention_text(request, shape, context, windows)

@@ -23,11 +23,13 @@ from edgeattn.planner.calibration import (
     window_length,
     work_bytes,
 )
+from edgeattn.planner.group_query import Regrouping
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import (
     DTYPE_BYTES,
     cache_bytes_per_token,
     rotary_bytes,
+    state_bytes,
     stored_shape,
     table_formats,
     weight_bytes,
@@ -51,13 +53,13 @@ _HADAMARD_BYTES, _HADAMARD_NUMBERS = 1000, 2.2
 
 # golden/: what the proof runs (verify.cases): tokens, forward passes, and tokens whose logits are
 # kept where the graph gives only the last one's. npz leaves 91 % of random mantissas.
-PROOF_TOKENS, PROOF_STEPS, PROOF_LAST_TOKENS, PROOF_CASES = 67, 23, 26, 3
+PROOF_TOKENS, PROOF_STEPS, PROOF_LAST_TOKENS, PROOF_CASES, PROOF_ROWS = 67, 23, 26, 3, 4
 _NPZ_RATIO, _NPZ_ENTRY_BYTES = 0.91, 230
 # What the ragged case of an attention variant has more, in two rows.
 _RAGGED_TOKENS = 20
 
 # Manifest, configurations and report; of these with a proof, and per block.
-_SMALL_BYTES, _REPORT_BYTES, _REPORT_BLOCK_BYTES = 9_000, 8_000, 1_010
+_SMALL_BYTES, _REPORT_BYTES, _REPORT_BLOCK_BYTES = 33_000, 8_000, 1_010
 
 # Resident bytes once torch, onnxscript and a traced block are there.
 _BASE_MEMORY = 431_000_000
@@ -113,6 +115,7 @@ def estimate(
     tensorrt: bool = False,
     calibration_windows: int = 0,
     learns: bool = True,
+    regrouped: Regrouping | None = None,
 ) -> Estimate:
     """What exporting a model of `shape` takes.
 
@@ -124,6 +127,7 @@ def estimate(
         tensorrt: whether TensorRT-RTX is there to build it.
         calibration_windows: of the text, for a scheme that needs one.
         learns: learned rotations are not given in a file.
+        regrouped: what other numbers of heads take, None for those of the checkpoint.
     """
     tensorrt = tensorrt and verify and lowering.rtx_sm is not None
     scheme = lowering.scheme
@@ -141,12 +145,16 @@ def estimate(
         asked = (shape, lowering.context, calibration_windows)
         seconds["attention variant"] = attention_seconds(request, *asked)
         memory = max(memory, _BASE_MEMORY + attention_bytes(request, *asked))
+    if regrouped is not None:
+        seconds.update(regrouped.seconds)
+        memory = max(memory, _BASE_MEMORY + regrouped.memory_bytes)
     context = lowering.context or shape.max_context
     per_token = cache_bytes_per_token(shape, lowering)
     weights = weight_file_bytes(shape, lowering)
     graph = graph_bytes(shape, lowering)
     disk = weights + graph + text_bytes + _SMALL_BYTES
     disk += work_bytes(shape, scheme, DTYPE_BYTES[lowering.dtype], learns=learns)
+    disk += 0 if regrouped is None else regrouped.work_bytes
     if verify:
         disk += golden_bytes(shape, lowering)
         disk += _REPORT_BYTES + _REPORT_BLOCK_BYTES * shape.num_layers
@@ -174,8 +182,12 @@ def _tensor_bytes(shape: ModelShape, lowering: Lowering) -> Iterator[int]:
     """Bytes of each stored tensor; those that are no matrices counted as vectors of hidden_size."""
     wide = DTYPE_BYTES[lowering.dtype]
     format_of = lowering.scheme.format_of
-    matrices = [(n, k, format_of(name)) for name, (n, k) in shape.linears().items()]
-    matrices *= shape.num_layers
+    matrices = [
+        (n, k, format_of(name))
+        for kind, count in shape.kind_counts.items()
+        for name, (n, k) in shape.linears(kind).items()
+        for _ in range(count)
+    ]
     table = (shape.vocab_size, shape.hidden_size)
     matrices += [(*table, format) for format in table_formats(shape, lowering)]
     vectors = shape.num_parameters - sum(n * k for n, k, _ in matrices)
@@ -224,20 +236,21 @@ def _run_time_bytes(shape: ModelShape, lowering: Lowering) -> tuple[float, float
 
 def golden_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of the golden vectors of a context that holds the whole proof."""
-    layers, more = shape.num_layers, _more_tokens(lowering)
+    layers, more = shape.num_layers, _more_tokens(shape, lowering)
     tokens = PROOF_TOKENS + more
     logit_rows = tokens if lowering.logits == "all" else PROOF_LAST_TOKENS
     numbers = tokens * shape.hidden_size * (layers + 1)
-    numbers += tokens * shape.kv_size * 2 * layers
+    numbers += tokens * shape.kv_size * 2 * shape.caching_layers
+    numbers += PROOF_ROWS * state_bytes(shape, lowering) // 4
     numbers += logit_rows * shape.vocab_size
     arrays = PROOF_STEPS * (layers + 5) + PROOF_CASES * 2 * layers
     return int(numbers * 4 * _NPZ_RATIO) + arrays * _NPZ_ENTRY_BYTES
 
 
-def _more_tokens(lowering: Lowering) -> int:
+def _more_tokens(shape: ModelShape, lowering: Lowering) -> int:
     """Tokens that the proof of an attention variant runs besides."""
     request = lowering.request
-    if request is None:
+    if request is None and not shape.is_recurrent:
         return 0
     exact = request.sink + request.window if isinstance(request, FftRopeRequest) else 0
     return exact + _RAGGED_TOKENS
@@ -251,8 +264,7 @@ def _memory(shape: ModelShape, lowering: Lowering, *, verify: bool, tensorrt: bo
     """
     quantised = lowering.scheme.embedding is not None
     wide = lowering.dtype == "fp32"
-    matrices = [n * k for n, k in shape.linears().values()]
-    largest = max(shape.vocab_size * shape.hidden_size, *matrices)
+    largest = _largest_matrix(shape)
     stored = weight_bytes(shape, lowering)
     # Bytes per weight of the largest matrix, its source in 2 bytes among them.
     peaks = [_BASE_MEMORY + (3.3 if quantised else 6 if wide else 2) * largest]
@@ -263,8 +275,21 @@ def _memory(shape: ModelShape, lowering: Lowering, *, verify: bool, tensorrt: bo
         else:
             peaks.append(_BASE_MEMORY + (6.5 * largest + stored if wide else 3 * stored))
     if tensorrt:
-        peaks.append(_RTX_BASE_MEMORY + (15 if quantised else 22) * largest + 1.5 * stored)
+        peaks.append(tensorrt_build_bytes(shape, lowering))
     return int(max(peaks))
+
+
+def _largest_matrix(shape: ModelShape) -> int:
+    linears = [size for kind in shape.layer_kinds for size in shape.linears(kind).values()]
+    return max(shape.vocab_size * shape.hidden_size, *(n * k for n, k in linears))
+
+
+def tensorrt_build_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """Memory of the process that builds an engine, as measured with TensorRT-RTX."""
+    stored = weight_bytes(shape, lowering)
+    largest = _largest_matrix(shape)
+    quantised = lowering.scheme.embedding is not None
+    return int(_RTX_BASE_MEMORY + (15 if quantised else 22) * largest + 1.5 * stored)
 
 
 def _seconds(
@@ -272,7 +297,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds by stage; the proof reads and quantises every weight anew, a tied table twice."""
     scheme = lowering.scheme
-    blocks = shape.num_layers * sum(n * k for n, k in shape.linears().values())
+    blocks = shape.linear_weights
     table = shape.vocab_size * shape.hidden_size
     tables = table if shape.tied_embeddings else 2 * table
     linears = blocks if scheme.linear else 0

@@ -10,6 +10,8 @@ become fewer: with a share a of all bytes, and a share d of the heads active, at
 
 from __future__ import annotations
 
+import math
+
 # Less than this is not worth a loss: measuring it is hard, too.
 WORTH_IT = 1.05
 
@@ -37,3 +39,16 @@ def decode_speedup(share: float, density: float) -> float:
         density: share of the heads, or KV groups, that are active; on the mean over all layers.
     """
     return 1 / (1 - share * (1 - density))
+
+
+def least_context(
+    weight_bytes: float, cache_bytes_per_token: float, batch: int, density: float
+) -> float:
+    """Tokens of each row from which decoding gains `WORTH_IT`; infinite where it never does.
+
+    Arguments as for `cache_share` and `decode_speedup`, which this inverts.
+    """
+    if density >= 1 / WORTH_IT:
+        return math.inf
+    share = (1 - 1 / WORTH_IT) / (1 - density)
+    return share / (1 - share) * weight_bytes / (cache_bytes_per_token * batch)

@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edgeattn.attention import (
-    AttentionRequest,
     FftRopeRequest,
+    GroupQueryRequest,
     HeadSparseRequest,
+    LayerRequest,
     parse_attention,
 )
 from edgeattn.devices.registry import Target
 from edgeattn.devices.schema import GraphRules
 from edgeattn.errors import BundleError, LoweringError, UsageError
+from edgeattn.planner.recurrent import check_attention_kind, fit_recurrent
 from edgeattn.quant.scheme import Scheme, parse_scheme
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
@@ -38,10 +40,12 @@ class Lowering:
         kv_cache: "concat" joins past and new keys outside the attention, slot by slot;
             "packed" joins each row's keys behind its last one, for the operators of attention
             variants; "shared-buffer" packs them too and writes in place where past and present are
-            one buffer. These two take padding on the right of new tokens only.
+            one buffer. These two take padding on the right of new tokens only. "static" writes new
+            keys into a buffer of `context` slots, in place likewise.
         logits: "all" or "last".
         batch: most rows at once.
-        context: longest sequence asked for; None is the checkpoint's own.
+        context: longest sequence asked for; None is the checkpoint's own. `fit_lowering` makes it a
+            number where the cache is static.
         strip_functions: function bodies are removed before an engine is built.
         rtx_sm: compute capability the TensorRT-RTX check builds for; None without TensorRT.
         variant: the attention variant asked for, NAME[:key=value,…].
@@ -54,7 +58,7 @@ class Lowering:
     opset: int
     attention: Literal["standard", "primitive", "group-query"]
     embedding: Literal["dequantize-gather", "gather-dequantize"]
-    kv_cache: Literal["concat", "packed", "shared-buffer"]
+    kv_cache: Literal["concat", "packed", "shared-buffer", "static"]
     logits: Literal["all", "last"]
     batch: int
     context: int | None
@@ -63,14 +67,18 @@ class Lowering:
     variant: str | None = None
 
     @property
-    def request(self) -> AttentionRequest | None:
+    def request(self) -> LayerRequest | None:
         """The attention variant that was asked for."""
-        return None if self.variant is None else parse_attention(self.variant)
+        if self.variant is None:
+            return None
+        found = parse_attention(self.variant)
+        assert not isinstance(found, GroupQueryRequest), "gqa is no variant of a layer"
+        return found
 
     @property
     def packs_cache(self) -> bool:
         """Whether a row's keys lie at the front of the cache, without gaps."""
-        return self.kv_cache != "concat"
+        return self.kv_cache in ("packed", "shared-buffer")
 
     @property
     def is_sparse_in_decoding(self) -> bool:
@@ -122,16 +130,20 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
             came=f"scheme {scheme.label} holds it in int8",
             todo="leave out kv=int8 or --attention",
         )
+    is_static = recipe.kv_cache == "static"
+    opset = target.opset(int4=4 in scheme.weight_bits)
+    if is_static:
+        opset = max(opset, _static_opset(target, request, scheme))
     # GroupQueryAttention writes its cache in place, in the dtype it computes in, and is all of it.
     is_own = graph.kv_cache == "shared-buffer"
-    joined = is_own and (scheme.kv_bits is not None or request is not None)
-    kv_cache = "concat" if joined else graph.kv_cache
+    joined = is_own and (is_static or scheme.kv_bits is not None or request is not None)
+    kv_cache = "static" if is_static else "concat" if joined else graph.kv_cache
     return Lowering(
         target=target.name,
         flavour=target.flavour,
         dtype=dtype,
         scheme=scheme,
-        opset=target.opset(int4=4 in scheme.weight_bits),
+        opset=opset,
         attention="standard" if joined else graph.operators,
         embedding=_embedding_form(target),
         kv_cache="packed" if request is not None else kv_cache,
@@ -142,6 +154,30 @@ def plan_lowering(recipe: Recipe, target: Target) -> Lowering:
         rtx_sm=target.device.gpu.nearest_rtx_sm if target.device.gpu else None,
         variant=None if request is None else request.label,
     )
+
+
+def _static_opset(target: Target, request: LayerRequest | None, scheme: Scheme) -> int:
+    """The opset of a static cache, or why there is none."""
+    if request is not None:
+        raise LoweringError(
+            expected="a growing cache for an attention variant",
+            came=f"--kv-cache is static and {request.label} packs each row's keys at the front",
+            todo="leave out --kv-cache or --attention",
+        )
+    graph, stack = target.software.graph, target.software.stack
+    if graph.opset_static_cache is None:
+        raise LoweringError(
+            expected="software that reads ONNX's TensorScatter, for a static cache",
+            came=f"{target.name} has {stack.engine} {stack.version}",
+            todo="leave out --kv-cache, or choose newer software where the device has it",
+        )
+    if scheme.kv_bits is not None and not graph.int8_static_cache:
+        raise LoweringError(
+            expected=f"a floating-point cache on {target.name} where it is static",
+            came=f"scheme {scheme.label} holds it in int8, which {stack.engine} does not scatter",
+            todo="leave out kv=int8 or --kv-cache",
+        )
+    return graph.opset_static_cache
 
 
 def _embedding_form(target: Target) -> Literal["dequantize-gather", "gather-dequantize"]:
@@ -171,6 +207,8 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
         LoweringError: a group does not divide a width, or the context exceeds the checkpoint's.
     """
     _check_scheme(lowering.scheme, shape)
+    if shape.is_recurrent:
+        lowering = fit_recurrent(lowering, shape)
     if lowering.request is not None:
         check_request(lowering.request, shape)
     if lowering.context is not None and lowering.context > shape.max_context:
@@ -183,22 +221,26 @@ def fit_lowering(lowering: Lowering, shape: ModelShape, target: Target) -> Lower
     if isinstance(lowering.request, FftRopeRequest) and lowering.request.heads is None:
         _check_far_keys(lowering.request, context)
     within = shape.within(context)
+    if lowering.kv_cache == "static":  # the capacity
+        lowering = replace(lowering, context=context)
     return _fit_attention(lowering, within, target.software.graph)
 
 
-def check_request(request: AttentionRequest, shape: ModelShape) -> None:
+def check_request(request: LayerRequest, shape: ModelShape) -> None:
     """Refuses an attention variant that a model cannot have.
 
     Raises:
-        LoweringError: its scores have a cap, or no head would be active.
+        LoweringError: its scores have a cap, no head would be active, or the layers are or are not
+            linear attention already.
     """
+    check_attention_kind(request, shape)
     if shape.attention_softcap is not None:
         raise LoweringError(
             expected=f"a model without a cap on its attention's scores, for {request.label}",
             came=f"family {shape.family} has one, which the operator does not know",
             todo="leave out --attention",
         )
-    if isinstance(request, FftRopeRequest):
+    if not isinstance(request, HeadSparseRequest):
         return
     units = shape.num_heads if request.unit == "heads" else shape.num_kv_heads
     if int(request.density * units) < 1:
@@ -219,8 +261,17 @@ def _check_far_keys(request: FftRopeRequest, context: int) -> None:
         )
 
 
-def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
-    for name, (_, inputs) in shape.linears().items():
+def check_groups(scheme: Scheme, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Refuses a scheme whose groups do not divide a width.
+
+    Args:
+        scheme: the scheme.
+        linears: (outputs, inputs) of the linear layers of a block, by name.
+
+    Raises:
+        LoweringError: naming the layer.
+    """
+    for name, (_, inputs) in linears.items():
         format = scheme.format_of(name)
         if format is not None and format.group_size and inputs % format.group_size:
             other = "down_proj=w8, " if name.endswith("down_proj") else ""
@@ -229,6 +280,11 @@ def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
                 came=f"scheme {scheme.label} uses groups of {format.group_size}",
                 todo=f"choose {other}--quant w8-rtn or another group",
             )
+
+
+def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
+    kinds = shape.layer_kinds
+    check_groups(scheme, {k: v for kind in kinds for k, v in shape.linears(kind).items()})
     if scheme.small_head and shape.tied_embeddings and scheme.rotation in ("none", "auto"):
         raise LoweringError(
             expected="an LM head that is a matrix of its own, for head=w4",
@@ -260,12 +316,16 @@ def _rotated_widths(scheme: Scheme, shape: ModelShape) -> dict[str, int]:
 
 def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> Lowering:
     """The spelling of attention that the target has right kernels for."""
-    head_dim = shape.head_dim
     if lowering.attention == "group-query":
-        widths = (head_dim, *(rope.dim for rope in shape.ropes))
+        widths = (shape.head_dim, *(rope.dim for rope in shape.ropes))
         if shape.has_windows or any(width % graph.head_dim_multiple for width in widths):
             return replace(lowering, attention="standard", kv_cache="concat")
         return lowering
+    return fit_head_dim(lowering, shape.head_dim, graph)
+
+
+def fit_head_dim(lowering: Lowering, head_dim: int, graph: GraphRules) -> Lowering:
+    """The spelling of attention whose kernels take heads of this width."""
     low, high = graph.min_head_dim or 1, graph.max_head_dim or head_dim
     # Outside the widths TensorRT has kernels for, its builder takes the primitive spelling only.
     return lowering if low <= head_dim <= high else replace(lowering, attention="primitive")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from edgeattn.planner.lowering import Lowering
 from edgeattn.quant.scheme import INT8_PER_CHANNEL, WeightFormat
+from edgeattn.recurrent import Recurrent
 from edgeattn.shape import ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -19,27 +20,40 @@ def weight_bytes(shape: ModelShape, lowering: Lowering) -> int:
     kept, wide = _kept_bytes(shape, lowering), DTYPE_BYTES[lowering.dtype]
     shape = stored_shape(shape, lowering)
     linear = sum(
-        matrix_bytes(n, k, lowering.scheme.format_of(name), wide)
-        for name, (n, k) in shape.linears().items()
+        count * matrix_bytes(n, k, lowering.scheme.format_of(name), wide)
+        for kind, count in shape.kind_counts.items()
+        for name, (n, k) in shape.linears(kind).items()
     )
     formats = table_formats(shape, lowering)
     tables = len(formats)
     table_bytes = sum(
         matrix_bytes(shape.vocab_size, shape.hidden_size, format, wide) for format in formats
     )
-    quantised = sum(n * k for n, k in shape.linears().values()) * shape.num_layers
-    quantised += tables * shape.vocab_size * shape.hidden_size
+    quantised = shape.linear_weights + tables * shape.vocab_size * shape.hidden_size
     rest = (shape.num_parameters - quantised) * wide
-    return shape.num_layers * linear + kept + table_bytes + rest + rotary_bytes(shape, lowering)
+    return linear + kept + table_bytes + rest + rotary_bytes(shape, lowering)
+
+
+def read_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """Bytes of the weights that a decode step reads: of an embedding that is no head, none.
+
+    It reads one row of it for each token, which is left out.
+    """
+    if stored_shape(shape, lowering).tied_embeddings:
+        return weight_bytes(shape, lowering)
+    table = (shape.vocab_size, shape.hidden_size)
+    embedding = matrix_bytes(*table, lowering.scheme.embedding, DTYPE_BYTES[lowering.dtype])
+    return weight_bytes(shape, lowering) - embedding
 
 
 def _kept_bytes(shape: ModelShape, lowering: Lowering) -> int:
     """The most that int8 instead of int4 adds in layers that the scheme keeps."""
     scheme, wide, more = lowering.scheme, DTYPE_BYTES[lowering.dtype], []
-    for name, (n, k) in shape.linears().items():
-        formats = (INT8_PER_CHANNEL, scheme.format_of(name))
-        kept, plain = (matrix_bytes(n, k, format, wide) for format in formats)
-        more += [max(kept - plain, 0)] * shape.num_layers
+    for kind, count in shape.kind_counts.items():
+        for name, (n, k) in shape.linears(kind).items():
+            formats = (INT8_PER_CHANNEL, scheme.format_of(name))
+            kept, plain = (matrix_bytes(n, k, format, wide) for format in formats)
+            more += [max(kept - plain, 0)] * count
     return sum(sorted(more, reverse=True)[: int(scheme.keep * len(more))])
 
 
@@ -90,4 +104,14 @@ def matrix_bytes(outputs: int, inputs: int, format: WeightFormat | None, wide: i
 def cache_bytes_per_token(shape: ModelShape, lowering: Lowering) -> int:
     """Bytes of keys and values that one token adds, over all layers."""
     wide = 1 if lowering.scheme.kv_bits is not None else DTYPE_BYTES[lowering.dtype]
-    return 2 * shape.num_layers * shape.kv_size * wide
+    return 2 * shape.caching_layers * shape.kv_size * wide
+
+
+def state_bytes(shape: ModelShape, lowering: Lowering) -> int:
+    """Bytes of the states of one row's linear attention, whatever its length."""
+    wide, total = DTYPE_BYTES[lowering.dtype], 0
+    for kind, count in shape.kind_counts.items():
+        if isinstance(kind.attention, Recurrent):
+            held = kind.attention.channels * (kind.attention.conv_width - 1)
+            total += count * (4 * kind.attention.state_numbers + wide * held)
+    return total

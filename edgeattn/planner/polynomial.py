@@ -102,9 +102,14 @@ class Machine:
         return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
 
 
-def machine_of(target: Target) -> Machine | None:
-    """The figures of a target at its preferred dtype; None where they are not known."""
-    device, dtype = target.device, target.preferred_dtype
+def machine_of(target: Target, dtype: str | None = None) -> Machine | None:
+    """The figures of a target; None where they are not known.
+
+    Args:
+        target: device and software.
+        dtype: that heads compute in; None is the target's preferred one.
+    """
+    device, dtype = target.device, dtype or target.preferred_dtype
     peak = getattr(device.peak, dtype, None)
     if peak is None or device.memory is None:
         return None

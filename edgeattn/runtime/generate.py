@@ -54,6 +54,7 @@ class Generation:
         prefill_seconds: for reading the prompt and choosing the first token.
         decode_steps: tokens chosen after that.
         decode_seconds: for running the model and choosing them, without the reader's own time.
+        cache_bytes: memory that keys and values take at the end.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Generation:
     prefill_seconds: float
     decode_steps: int
     decode_seconds: float
+    cache_bytes: int
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -203,6 +205,7 @@ class TokenStream(Iterator[Token]):
             prefill_seconds=self._prefill_seconds,
             decode_steps=self._decode_steps,
             decode_seconds=self._decode_seconds,
+            cache_bytes=self._session.cache_bytes(self._state) if self._state else 0,
         )
 
     def _generate(self) -> Iterator[Token]:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the one place of the runtime that imports onnxruntime."""
+"""A decoder in ONNX Runtime: the one place of the runtime that imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ from edgeattn.errors import (
     UsageError,
     unknown_name,
 )
-from edgeattn.runtime.kv_buffer import PAST, PRESENT, InPlaceRunner, Prefix
+from edgeattn.planner.lowering import Lowering
+from edgeattn.runtime.in_place import InPlaceRunner, free_capacity, runner_for
+from edgeattn.runtime.kv_buffer import PAST, PRESENT, Prefix, empty_shape
+from edgeattn.runtime.providers import (
+    DEVICES,
+    PROVIDERS,
+    provider_chain,
+    provider_options,
+    require_started,
+    run_bound,
+    widen_boundary,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from onnx import ModelProto
     from onnxruntime import InferenceSession
-
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
-"""Names on the command line -> names in ONNX Runtime."""
 
 _LOG_ERRORS_ONLY = 3
 # Older releases requantise an int8 weight that is transposed after DequantizeLinear (a tied LM
@@ -43,6 +52,7 @@ def open_onnxruntime(
     threads: int | None = None,
     exact: bool = False,
     provider: str = "cpu",
+    provider_options: Mapping[str, str] | None = None,
 ) -> InferenceSession:
     """Opens a graph in ONNX Runtime.
 
@@ -52,15 +62,16 @@ def open_onnxruntime(
         threads: threads of one operator; None takes every core this process may use.
         exact: multiply int4 weights in fp32 instead of rounding activations to int8.
         provider: a name in `PROVIDERS`.
+        provider_options: of the provider.
 
     Raises:
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: onnxruntime is not installed, has no such provider or cannot start
+            it.
         UsageError: the provider is unknown or `threads` is no positive number.
         BundleError: ONNX Runtime refuses the graph.
     """
-    if provider not in PROVIDERS:
-        raise unknown_name("provider", provider, PROVIDERS)
     ort = _onnxruntime()
+    chain = provider_chain(ort, provider, provider_options or {})
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     options.intra_op_num_threads = _thread_count(threads)
@@ -78,13 +89,45 @@ def open_onnxruntime(
         options.add_session_config_entry(key, str(weights_dir))
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(source, options, providers=chain)
     except Exception as error:  # the classes ONNX Runtime raises have no common base of their own
         raise BundleError(
             expected="a graph that ONNX Runtime loads",
             came=f"onnxruntime {ort.__version__} says: {first_line(error)}",
             todo="upgrade onnxruntime, or export for a software version with an older opset",
         ) from error
+    require_started(session, provider)
+    return session
+
+
+def open_encoder_graph(
+    bundle: Bundle, *, provider: str, threads: int | None, exact: bool
+) -> InferenceSession:
+    """Opens the graph of an encoder's bundle; see `open_onnxruntime` for the arguments.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load or run it.
+        UsageError: an unknown provider, or `threads` is no positive number.
+        MissingDependencyError: onnxruntime is not installed, or has no such provider.
+    """
+    if provider not in PROVIDERS:
+        raise unknown_name("provider", provider, PROVIDERS)
+    _check_graph(bundle, provider)
+    try:
+        session = open_onnxruntime(
+            bundle.model_file, threads=threads, exact=exact, provider=provider
+        )
+    except BundleError as error:
+        raise _cannot_load(bundle, error) from error
+    shape = bundle.encoder_shape
+    inputs = {value.name for value in session.get_inputs()}
+    if inputs != set(shape.input.names) or session.get_outputs()[0].name != shape.output:
+        raise BundleError(
+            expected=f"an encoder that gives {shape.output} in {bundle.model_file}",
+            came=f"the graph reads {', '.join(sorted(inputs))}",
+            todo="export the bundle again",
+        )
+    return session
 
 
 # ONNX Runtime's own tensors, or part of a buffer it writes in place.
@@ -95,10 +138,27 @@ class OnnxRuntimeBackend:
     """A bundle's decoder in ONNX Runtime."""
 
     def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, exact: bool) -> None:
-        _check_graph(bundle)
+        if provider not in PROVIDERS:
+            raise unknown_name("provider", provider, PROVIDERS)
+        graph, kv_cache = _check_graph(bundle, provider), bundle.manifest.lowering.get("kv_cache")
+        # where the cache stays; on the CPU nothing needs to be bound
+        self._device = DEVICES[provider] if provider != "cpu" else None
+        source: Path | bytes = bundle.model_file
+        options: dict[str, str] = {}
+        if self._device is not None:
+            options = _make_ready(graph, bundle, provider)
+        if kv_cache == "static":
+            free_capacity(graph)
+        if kv_cache == "static" or self._device is not None:
+            source = graph.SerializeToString()
         try:
             self._session = open_onnxruntime(
-                bundle.model_file, threads=threads, exact=exact, provider=provider
+                source,
+                weights_dir=bundle.path,
+                threads=threads,
+                exact=exact,
+                provider=provider,
+                provider_options=options,
             )
         except BundleError as error:
             raise _cannot_load(bundle, error) from error
@@ -107,7 +167,8 @@ class OnnxRuntimeBackend:
         self._past = [name for name in inputs if name.startswith(PAST)]
         self._outputs = ["logits", *(PRESENT + name[len(PAST) :] for name in self._past)]
         given = {value.name for value in self._session.get_outputs()}
-        missing = [name for name in _MODEL_INPUTS if name not in inputs]
+        needed = [*_MODEL_INPUTS, *(["write_indices"] if kv_cache == "static" else [])]
+        missing = [name for name in needed if name not in inputs]
         missing += [name for name in self._outputs if name not in given]
         if missing or not self._past:
             raise BundleError(
@@ -117,9 +178,10 @@ class OnnxRuntimeBackend:
             )
         self._empty = [(inputs[name].type, inputs[name].shape) for name in self._past]
         self._in_place: InPlaceRunner | None = None
-        if bundle.manifest.lowering.get("kv_cache") == "shared-buffer":
+        runner = runner_for(kv_cache)
+        if runner is not None:
             context = bundle.manifest.lowering.get("context") or bundle.shape.max_context
-            self._in_place = InPlaceRunner(self._session, context)
+            self._in_place = runner(self._session, context)
 
     def run(
         self,
@@ -152,7 +214,11 @@ class OnnxRuntimeBackend:
             assert not isinstance(cache, Prefix)
             values = {name: self._to_value(array) for name, array in feeds.items()}
             values.update(zip(self._past, cache or self._empty_cache(len(input_ids)), strict=True))
-            logits, *present = self._session.run_with_ort_values(self._outputs, values)
+            if self._device is None:
+                found = self._session.run_with_ort_values(self._outputs, values)
+            else:
+                found = run_bound(self._session, self._outputs, values, self._device)
+            logits, *present = found
             return logits.numpy().astype(np.float32, copy=False), tuple(present)
         except Exception as error:  # as in open_onnxruntime
             batch, length = input_ids.shape
@@ -174,8 +240,9 @@ class OnnxRuntimeBackend:
 
     def _empty_cache(self, batch: int) -> tuple[Any, ...]:
         return tuple(
-            self._value.ortvalue_from_shape_and_type(
-                [batch, shape[1], 0, shape[3]], _ELEMENT_TYPES[kind]
+            # Zeros of any type have these bytes; bfloat16 is none of numpy's.
+            self._value.ortvalue_from_numpy_with_onnx_type(
+                np.zeros(empty_shape(shape, batch), _SAME_SIZE[kind]), _ELEMENT_TYPES[kind]
             )
             for kind, shape in self._empty
         )
@@ -187,6 +254,12 @@ _ELEMENT_TYPES: Mapping[str, int] = {
     "tensor(int8)": 3,
     "tensor(float16)": 10,
     "tensor(bfloat16)": 16,
+}
+_SAME_SIZE: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(int8)": np.int8,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,
 }
 
 
@@ -220,15 +293,27 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _check_graph(bundle: Bundle) -> None:
-    """Refuses what would load and misbehave, or fail with an unhelpful message."""
-    read_graph(bundle)
-    if bundle.manifest.lowering.get("dtype") == "bf16":
+def _make_ready(proto: ModelProto, bundle: Bundle, provider: str) -> dict[str, str]:
+    """Changes a graph for a provider on a GPU; the provider's options."""
+    lowering = Lowering.from_dict(bundle.manifest.lowering)
+    # buffers that are written in place are numpy's
+    every = [value.name for value in (*proto.graph.input, *proto.graph.output)]
+    widen_boundary(proto, every if runner_for(lowering.kv_cache) else ["logits"])
+    context = lowering.context or bundle.shape.max_context
+    model, batch = bundle.model_file, lowering.batch
+    return provider_options(proto, model, provider, context=context, batch=batch)
+
+
+def _check_graph(bundle: Bundle, provider: str) -> ModelProto:
+    """The graph; refuses what would load and misbehave, or fail with an unhelpful message."""
+    graph = read_graph(bundle)
+    if bundle.manifest.lowering.get("dtype") == "bf16" and provider == "cpu":
         raise BundleError(
             expected="a bundle in fp32 or fp16 to run on a CPU",
             came=f"{bundle.path} computes in bf16, which ONNX Runtime's CPU kernels do not",
             todo="export it with --dtype fp16, or run it on its own device",
         )
+    return graph
 
 
 def _cannot_load(bundle: Bundle, error: BundleError) -> BundleError:

@@ -90,7 +90,7 @@ class Session:
         Args:
             bundle: its directory, or an opened bundle.
             backend: "onnxruntime".
-            provider: "cpu".
+            provider: "cpu"; "cuda" or "tensorrt" with onnxruntime-gpu.
             threads: threads of one operator; None takes every core this process may use.
             exact: multiply int4 weights in fp32. ONNX Runtime by default rounds activations to
                 int8 there, which is faster and has errors up to 0.1.
@@ -99,12 +99,13 @@ class Session:
         Raises:
             BundleError: no bundle, a damaged one, or one that this ONNX Runtime cannot load.
             UsageError: an unknown backend or provider, or `threads` below 1.
-            MissingDependencyError: onnxruntime is not installed.
+            MissingDependencyError: onnxruntime is not installed, or has no such provider.
         """
         if backend not in BACKENDS:
             raise unknown_name("backend", backend, BACKENDS)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_hashes=check_hashes)
+        bundle.require_decoder()
         return cls(
             bundle, OnnxRuntimeBackend(bundle, provider=provider, threads=threads, exact=exact)
         )
@@ -193,7 +194,7 @@ class Session:
                 the context holds, or logits that are not finite.
         """
         ids = self._check_ids(input_ids)
-        mask = None if attention_mask is None else _check_mask(attention_mask, ids)
+        mask = None if attention_mask is None else check_mask(attention_mask, ids)
         self._check_vocabulary(ids, mask)
         self._check_state(state, ids)
         self._check_rows(mask, first=state is None)
@@ -217,7 +218,7 @@ class Session:
         return Step(logits, State(self, total, positions[:, -1] + 1, present, slots))
 
     def _check_ids(self, input_ids: ArrayLike) -> NDArray[np.int64]:
-        ids = _whole_numbers("input_ids", input_ids)
+        ids = whole_numbers("input_ids", input_ids)
         if ids.ndim != 2 or 0 in ids.shape:
             raise RuntimeInputError(
                 expected="input_ids of shape [batch, length], both at least 1",
@@ -290,7 +291,12 @@ class Session:
             )
 
 
-def _whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+def whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """The values as an array.
+
+    Raises:
+        RuntimeInputError: they are no whole numbers, or form no array.
+    """
     try:
         array = np.asarray(values)
     except ValueError:  # rows of different lengths
@@ -318,11 +324,15 @@ def _join(
     return np.concatenate((old, new), axis=1)
 
 
-def _check_mask(attention_mask: ArrayLike, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The mask of the new tokens, `[B, T]`."""
+def check_mask(attention_mask: ArrayLike, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The mask of the new tokens, `[B, T]`.
+
+    Raises:
+        RuntimeInputError: it does not fit the ids, or is not ones, then zeros in each row.
+    """
     if np.asarray(attention_mask).dtype == np.bool_:
         attention_mask = np.asarray(attention_mask, np.int64)
-    mask = _whole_numbers("attention_mask", attention_mask)
+    mask = whole_numbers("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise RuntimeInputError(
             expected=f"an attention_mask of shape {list(ids.shape)}, as input_ids has",

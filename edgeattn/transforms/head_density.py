@@ -10,8 +10,8 @@ from torch import Tensor
 
 from edgeattn.attention import HeadSparseRequest
 from edgeattn.calibration.windows import split_windows
-from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import batches, embed_windows, run_layer, window_inputs
 from edgeattn.shape import ModelShape

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeattn.attention import HIGHEST_DEGREE, FftRopeRequest
+from edgeattn.bundle.whole_file import write_text
 from edgeattn.calibration.far_sums import (
     FarField,
     WindowSums,
@@ -29,7 +30,7 @@ from edgeattn.calibration.positive_fit import (
     taylor,
 )
 from edgeattn.calibration.walk import LayerWalk
-from edgeattn.calibration.work import WorkFolder, write_text
+from edgeattn.calibration.work import WorkFolder
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import embed_windows, window_inputs

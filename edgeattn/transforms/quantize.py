@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from edgeattn.models.encoder_model import EncoderModel
 from edgeattn.models.families import EMBEDDING, LM_HEAD
 from edgeattn.models.model import Model, ModelWeights
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
 from edgeattn.quant.scheme import Scheme, WeightFormat
 
+_Model = TypeVar("_Model", Model, EncoderModel)
 
-def quantize(model: Model, scheme: Scheme, *, scale_dtype: torch.dtype) -> Model:
+
+def quantize(model: _Model, scheme: Scheme, *, scale_dtype: torch.dtype) -> _Model:
     """The model with its linear layers, embedding and head in the formats of `scheme`.
 
     Args:

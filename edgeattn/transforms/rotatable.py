@@ -17,9 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from edgeattn.calibration.walk import STAGES
-from edgeattn.models.attention import LayerInputs
 from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, LM_HEAD
+from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.linear import Linear
 from edgeattn.models.model import Model, load_layer, rounded
 from edgeattn.models.stream import window_inputs

@@ -116,6 +116,7 @@ def rotate(
         replace(shape, tied_embeddings=False),
         _RotatedWeights(model.weights, shape, rotations, frozenset(reads)),
         {**model.reads, **reads},
+        basis=rotations.residual,
     )
 
 

@@ -1,7 +1,8 @@
 """Head routers on disk: one safetensors file that says which model, text and density they are for.
 
 Tensors are `layers.N.router_weight` `[hidden, H]` and `layers.N.router_bias` `[H]`, fp32. The
-metadata's "routers" is JSON: "version", "made_from", and "layers" with slots and recall of each.
+metadata's "routers" is JSON: "version", "made_from", and "layers" with slots, recall and, where it
+is known, how often each head is active.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def save_routers(path: Path, routers: Routers, made_from: Mapping[str, Any]) -> 
         tensors[weight] = routed.router.weight.contiguous()
         tensors[bias] = routed.router.bias.contiguous()
         layers[str(index)] = {"slots": routed.slots, "recall": routed.recall}
+        if routed.active:
+            layers[str(index)]["active"] = list(routed.active)
     about = {"version": VERSION, "made_from": dict(made_from), "layers": layers}
     write_tensors(path, tensors, {_KEY: json.dumps(about, sort_keys=True)})
 
@@ -142,6 +145,14 @@ def _layer(
         )
     if not isinstance(recall, float | int) or not 0 <= recall <= 1:
         raise _refusal(f"the recall of layer {index} in {path}", f"it is {recall}")
+    active = values.get("active") or []
+    shares = isinstance(active, list) and all(
+        isinstance(share, float | int) and 0 <= share <= 1 for share in active
+    )
+    if not shares or len(active) not in (0, shape.num_heads):
+        raise _refusal(
+            f"shares of {shape.num_heads} heads of layer {index} in {path}", f"they are {active}"
+        )
     wanted = ((shape.hidden_size, shape.num_heads), (shape.num_heads,))
     for name, size in zip(_names(index), wanted, strict=True):
         tensor = tensors[name]
@@ -151,7 +162,7 @@ def _layer(
         if not tensor.isfinite().all():
             raise _refusal(f"finite numbers in {name} in {path}", "there is NaN or infinity")
     weight, bias = (tensors[name] for name in _names(index))
-    return RoutedLayer(HeadRouter(weight, bias), slots, float(recall))
+    return RoutedLayer(HeadRouter(weight, bias), slots, float(recall), tuple(active))
 
 
 def _names(index: int) -> tuple[str, str]:

@@ -38,11 +38,14 @@ class RoutedLayer:
         router: trained.
         slots: heads, or KV groups, that are active for a token.
         recall: share of those with the longest outputs that it finds, on windows held out.
+        active: share of those windows' tokens for which each query head is active; empty where it
+            is not known.
     """
 
     router: HeadRouter
     slots: int
     recall: float
+    active: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,36 @@ class Routers:
             return None
         routed = self.layers[layer]
         return active_heads(routed.router.scores(normed), self.units, routed.slots)
+
+
+def in_basis_of(routers: Routers, model: Model, original: Model) -> Routers:
+    """Routers of a checkpoint for its model in another basis: the same heads for the same token.
+
+    A router reads what q_proj reads, so that the same is done to it (`transforms.rotate`): W
+    becomes R1ᵀ diag(gain / gain left in the norm) W.
+
+    Args:
+        routers: trained on `original`.
+        model: rotated, its norms perhaps folded.
+        original: as the checkpoint has it.
+    """
+    layers = {}
+    for layer, routed in routers.layers.items():
+        name = f"layers.{layer}.input_layernorm.weight"
+        before, left = _plain(original, name), _plain(model, name)
+        gain = torch.where(before == left, 1.0, before / left)  # a gain of 0 stays one
+        weight = gain.unsqueeze(1) * routed.router.weight.double()
+        if model.basis is not None:
+            weight = model.basis.double().T @ weight
+        router = replace(routed.router, weight=weight.float())
+        layers[layer] = replace(routed, router=router)
+    return replace(routers, layers=layers)
+
+
+def _plain(model: Model, name: str) -> Tensor:
+    value = model.weights.read(name)
+    assert isinstance(value, Tensor), f"{name} is quantised"
+    return value.double()
 
 
 @torch.inference_mode()
@@ -139,7 +172,8 @@ def _train(
             normed[learns], norms[learns], units=units, slots=slots, method=method
         )
     scores = router.scores(normed[~learns])
-    return RoutedLayer(router, slots, recall(scores, norms[~learns], units, slots))
+    active = active_heads(scores, units, slots).double().mean(dim=0).tolist()
+    return RoutedLayer(router, slots, recall(scores, norms[~learns], units, slots), tuple(active))
 
 
 def sparsify(model: Model, routers: Routers) -> Model:

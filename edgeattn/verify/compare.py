@@ -11,12 +11,12 @@ import numpy as np
 
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.drive import Tensors
+from edgeattn.verify.encoder_golden import EncoderGolden
 from edgeattn.verify.golden import Golden
-from edgeattn.verify.measure import errors
 from edgeattn.verify.tolerance import allowed_error, rounding_floor
 
 _HIDDEN = re.compile(r"hidden\.(\d+)$")
-_PRESENT = re.compile(r"present\.(\d+)\.(key|value)$")
+_PRESENT = re.compile(r"present\.(\d+)\.(key|value|conv_state|recurrent_state)$")
 _ALONE = re.compile(r"layer\.(\d+)\.(output|key|value)$")
 # What names of an operator's outputs begin with.
 OPERATOR = "operator "
@@ -103,7 +103,9 @@ class Agreement:
         }
 
 
-def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) -> Agreement:
+def compare(
+    backend: str, found: Tensors, golden: Golden | EncoderGolden, lowering: Lowering
+) -> Agreement:
     """Compares what an implementation gave with what was expected.
 
     A tensor the implementation does not give (the residual stream, unless asked for) is left out;
@@ -111,12 +113,14 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
     """
     quantized, comparisons = bool(lowering.scheme.weight_bits), []
     plain, rounds = _plain_errors(golden, lowering), lowering.decides_at_run_time
-    for name, error in errors(found, golden.expected, golden.cases, rounds=rounds).items():
+    for name, error in golden.errors(found, rounds=rounds).items():
         low = plain.get(name, 0.0)
         allowed = allowed_error(lowering.dtype, low, quantized=quantized)
         if lowering.scheme.kv_bits is not None and ".present." in name:
             allowed += rounding_floor(golden.expected[name])
         comparisons.append(Comparison(name, error, low, allowed))
+    if not any(name.endswith(".logits") for name in golden.expected):
+        return Agreement(backend, tuple(comparisons), None, None)
     top1, kl = distribution_agreement(found, golden.expected)
     max_kl = None
     if rounds:
@@ -124,7 +128,7 @@ def compare(backend: str, found: Tensors, golden: Golden, lowering: Lowering) ->
     return Agreement(backend, tuple(comparisons), top1, kl, max_kl)
 
 
-def _plain_errors(golden: Golden, lowering: Lowering) -> dict[str, float]:
+def _plain_errors(golden: Golden | EncoderGolden, lowering: Lowering) -> dict[str, float]:
     """The error of plain torch for each tensor.
 
     Where activations or caches are rounded to int8, a last bit decides on which side of a boundary
@@ -146,7 +150,9 @@ def _kind(tensor: str) -> str:
     return tensor.partition(".")[2].lstrip("0123456789.") or tensor
 
 
-def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
+def locate(
+    comparisons: Sequence[Comparison], num_layers: int, *, last: str = "final norm or LM head"
+) -> str:
     """Names the place of the first error, walking the network from its input.
 
     A layer that errs on its own is the place, whatever its errors do to the layers behind it.
@@ -154,6 +160,7 @@ def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
     Args:
         comparisons: with the residual stream among them, or layers run alone.
         num_layers: of the model.
+        last: what comes behind the layers.
     """
     bad = [re.sub(r"^\w+\.", "", c.tensor, count=1) for c in comparisons if not c.passed]
     hidden = {int(m[1]) for name in bad if (m := _HIDDEN.search(name))}
@@ -166,7 +173,7 @@ def locate(comparisons: Sequence[Comparison], num_layers: int) -> str:
     for layer in range(num_layers):
         if layer in present or layer + 1 in hidden:
             return f"layer {layer}"
-    return "final norm or LM head"
+    return last
 
 
 def layer_alone(comparison: Comparison) -> int | None:
@@ -185,9 +192,11 @@ def group_of(tensor: str) -> str:
     if _HIDDEN.search(rest):
         return f"{case} residual stream"
     if match := _PRESENT.search(rest):
-        return f"{case} cache {match[2]}s"
+        return f"{case} cache {match[2].replace('_', ' ')}s"
     if rest == "logits":
         return f"{case} logits"
+    if not rest.endswith(".logits"):  # of an encoder, which has no steps
+        return f"{case} {rest.replace('_', ' ')}"
     return f"{case} {'prefill' if rest == '0.logits' else 'decode'} logits"
 
 

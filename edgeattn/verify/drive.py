@@ -33,8 +33,8 @@ class Backend(Protocol):
             past: what the previous step returned, None before the first.
 
         Returns:
-            Arrays under "logits", "present.N.key", "present.N.value" and, where the backend has
-            them, "hidden.N".
+            Arrays under "logits", "present.N.key" and "present.N.value" (of linear attention
+            "present.N.recurrent_state" and the like) and, where the backend has them, "hidden.N".
         """
         ...
 
@@ -71,9 +71,27 @@ def drive(
         valid = places_of(case, packed=backend.packed_cache)
         for name, value in output.items():
             if name.startswith("present."):
-                array = backend.to_numpy(value).transpose(0, 2, 1, 3)
-                found[f"{case.name}.{name}"] = array[valid]
+                found[f"{case.name}.{name}"] = of_tokens(name, backend.to_numpy(value), valid)
     return found
+
+
+def of_tokens(
+    name: str, state: NDArray[np.float32], valid: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """What of a layer's state is compared: keys and values by token, a state of one size whole.
+
+    Args:
+        name: ends in what the state is, as `LayerKind.states` says.
+        state: keys or values `[B, Hkv, S, D]`, or `[B, …]`.
+        valid: places of the cache that hold keys, `[B, S]`.
+
+    Returns:
+        `[tokens, Hkv, D]`, or `[B, …]` as it came.
+    """
+    if name.rpartition(".")[2] in ("key", "value"):
+        found: NDArray[np.float32] = state.transpose(0, 2, 1, 3)[valid]
+        return found
+    return state
 
 
 def places_of(case: Case, *, packed: bool) -> NDArray[np.bool_]:

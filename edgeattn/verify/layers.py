@@ -153,7 +153,7 @@ def _of_torch(
 ) -> _Parts:
     """One layer in one precision and spelling, from the graph's own inputs of every step."""
     module.to(dtype)
-    module.self_attn.form = form
+    module.spell(form)
     pieces = []
     for run in recorded:
         for step, hidden in zip(run.case.steps, run.hidden, strict=True):
@@ -171,7 +171,7 @@ def _as_held(cache: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(
-    before: Tensor, after: Tensor, present: tuple[Tensor, Tensor], new: NDArray[np.bool_]
+    before: Tensor, after: Tensor, present: tuple[Tensor, ...], new: NDArray[np.bool_]
 ) -> _Parts:
     """What a step gave for the tokens that are no padding.
 

@@ -103,11 +103,13 @@ def sample_operators(
         if tensor.name in read
     }
     names = {name for _, inputs, outputs in chosen for name in (*inputs, *outputs)}
-    backend = OrtBackend(model_file, lowering, expose=sorted(names - constants.keys()))
+    states = {value.name for value in proto.graph.input}
+    backend = OrtBackend(model_file, lowering, expose=sorted(names - constants.keys() - states))
     samples, output = [], None
     for step in case.steps[:2]:
+        past = backend.past(len(step.input_ids), output) if names & states else {}
         output = backend.step(step, output)
-        values = {**constants, **output}
+        values = {**constants, **past, **output}
         for node, inputs, outputs in chosen:
             given = tuple(np.array(values[name]) for name in inputs)
             made = tuple(np.array(values[name]) for name in outputs)

@@ -1,4 +1,4 @@
-"""A bundle's model.onnx in ONNX Runtime on the CPU as a backend."""
+"""A bundle's model.onnx in ONNX Runtime as a backend."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeattn.planner.lowering import Lowering
-from edgeattn.runtime.kv_buffer import PAST, PRESENT, InPlaceRunner, Prefix
+from edgeattn.runtime.in_place import InPlaceRunner, free_capacity, runner_for
+from edgeattn.runtime.kv_buffer import NUMPY_DTYPES, PAST, PRESENT, Prefix, empty_shape
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
-from edgeattn.verify.cases import StepInputs
+from edgeattn.runtime.providers import provider_options, widen_boundary
+from edgeattn.verify.cases import RAGGED_LENGTHS, StepInputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 # Room for the longest case, so that caches are appended to in place.
 _CONTEXT = 64
+# What an engine of the TensorRT provider is made for, where the bundle names no context.
+_CHECKED = 512
 
 
 class OrtBackend:
-    """Runs the ONNX file exactly (no int8 activations), on the CPU.
+    """Runs the ONNX file exactly (no int8 activations).
 
     ONNX Runtime's CPU has no bf16 kernels: a bf16 graph is widened in memory, its weights cast to
     fp32 as they are read. That proves the graph and the stored weights, not bf16 arithmetic, and
-    the backend's name says so.
+    the backend's name says so; a GPU computes in bf16. A static cache gets a capacity that fits the
+    steps, as it does where the bundle runs (`edgeattn.runtime.in_place`).
 
     Args:
         model: model.onnx; its weights lie beside it.
         lowering: dtype and cache of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
         expose: names of further values to give.
+        provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
     """
 
     def __init__(
@@ -43,39 +48,60 @@ class OrtBackend:
         *,
         hidden: bool = False,
         expose: Sequence[str] = (),
+        provider: str = "cpu",
     ) -> None:
-        dtype = lowering.dtype
-        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if dtype == "bf16" else "")
+        is_static, on_gpu = lowering.kv_cache == "static", provider != "cpu"
+        widen = lowering.dtype == "bf16" and not on_gpu
+        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
+        self.name += f" (provider {provider})" if on_gpu else ""
         source: Path | bytes = model
-        if hidden or expose or dtype == "bf16":
-            source = _rewritten(model, hidden=hidden, expose=expose, widen=dtype == "bf16")
-        self._session = open_onnxruntime(source, weights_dir=model.parent, exact=True)
+        options: dict[str, str] = {}
+        if hidden or expose or widen or on_gpu or is_static:
+            proto = rewritten(model, hidden=hidden, expose=expose, widen=widen)
+            if on_gpu:
+                widen_boundary(proto, [v.name for v in (*proto.graph.input, *proto.graph.output)])
+                sizes = {"context": lowering.context or _CHECKED, "batch": len(RAGGED_LENGTHS)}
+                options = provider_options(proto, model, provider, **sizes)
+            if is_static:
+                free_capacity(proto)
+            source = proto.SerializeToString()
+        self._session = open_onnxruntime(
+            source,
+            weights_dir=model.parent,
+            exact=True,
+            provider=provider,
+            provider_options=options,
+        )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
         self.packed_cache = lowering.packs_cache
         self._in_place: InPlaceRunner | None = None
-        if lowering.kv_cache == "shared-buffer":
+        runner = runner_for(lowering.kv_cache)
+        if runner is not None:
             further = [n for n in self._outputs if n.startswith("hidden.") or n in expose]
-            self._in_place = InPlaceRunner(self._session, _CONTEXT, further)
+            self._in_place = runner(self._session, _CONTEXT, further)
 
     def step(self, inputs: StepInputs, past: Mapping[str, object] | None) -> Mapping[str, object]:
         """See `edgeattn.verify.drive.Backend.step`."""
-        feeds: dict[str, object] = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-            "position_ids": inputs.position_ids,
-        }
         if self._in_place is not None:
             return self._step_in_place(self._in_place, inputs, past)
-        for name, declared in self._past.items():
-            if past is None:
-                heads, head_dim = declared.shape[1], declared.shape[3]
-                size = (inputs.input_ids.shape[0], heads, 0, head_dim)
-                feeds[name] = np.zeros(size, dtype=_DTYPES[declared.type])
-            else:
-                feeds[name] = past[name.replace(PAST, PRESENT)]
+        feeds = {**vars(inputs), **self.past(len(inputs.input_ids), past)}
         values = self._session.run(self._outputs, feeds)
         return dict(zip(self._outputs, values, strict=True))
+
+    def past(self, rows: int, before: Mapping[str, object] | None) -> dict[str, object]:
+        """What the graph is given of the tokens before, by name of its input.
+
+        Args:
+            rows: B.
+            before: what the previous step returned, None before the first.
+        """
+        if before is not None:
+            return {name: before[name.replace(PAST, PRESENT)] for name in self._past}
+        return {
+            name: np.zeros(empty_shape(declared.shape, rows), NUMPY_DTYPES[declared.type])
+            for name, declared in self._past.items()
+        }
 
     def _step_in_place(
         self, runner: InPlaceRunner, inputs: StepInputs, past: Mapping[str, object] | None
@@ -92,7 +118,7 @@ class OrtBackend:
         return value.astype(np.float32)
 
 
-def _rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool) -> bytes:
+def rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool) -> ModelProto:
     """The graph of `model`, its weights still external, with the changes asked for."""
     import onnx
 
@@ -106,15 +132,14 @@ def _rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool)
     )
     if widen:
         _widen(proto)
-    serialized: bytes = proto.SerializeToString()
-    return serialized
+    return proto
 
 
 def _add_hidden_outputs(proto: ModelProto) -> None:
     import onnx
 
     known = {output.name for output in proto.graph.output}
-    kind = next(o for o in proto.graph.output if o.name == "logits").type.tensor_type.elem_type
+    kind = proto.graph.output[0].type.tensor_type.elem_type
     for node in proto.graph.node:
         for name in node.output:
             if name.startswith("hidden.") and name not in known:

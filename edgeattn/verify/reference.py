@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeattn.models.attention import OperatorForm, RMSNorm, inverse_frequencies, layer_inputs
+from edgeattn.models.attention import OperatorForm, RMSNorm
 from edgeattn.models.decoder import DecoderLayer, embed, soften
 from edgeattn.models.families import EMBEDDING, FINAL_NORM, LM_HEAD
+from edgeattn.models.layer_inputs import layer_inputs
 from edgeattn.models.model import TORCH_DTYPES, Model, load_layer, rounded
+from edgeattn.models.rotary import inverse_frequencies
 from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
-from edgeattn.verify.drive import Tensors, places_of
+from edgeattn.verify.drive import Tensors, of_tokens, places_of
 from edgeattn.verify.tolerance import Plain
 
 # What the reference computes in: one step above the bundle's dtype.
@@ -107,8 +109,8 @@ class TorchLayers:
         index: int,
         inputs: StepInputs,
         hidden: Tensor,
-        past: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        past: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step of one layer.
 
         Args:
@@ -116,10 +118,10 @@ class TorchLayers:
             index: of the layer.
             inputs: mask and positions.
             hidden: `[B, T, hidden]`.
-            past: keys and values, each `[B, Hkv, P, D]`.
+            past: keys and values, each `[B, Hkv, P, D]`, or the layer's states.
 
         Returns:
-            The stream behind the layer and the joined caches.
+            The stream behind the layer and what `past` has become.
         """
         shared = layer_inputs(
             self.model.shape,
@@ -128,7 +130,7 @@ class TorchLayers:
             torch.from_numpy(inputs.position_ids),
             dtype=hidden.dtype,
         )
-        found: tuple[Tensor, tuple[Tensor, Tensor]]
+        found: tuple[Tensor, tuple[Tensor, ...]]
         found = module(hidden, shared[self.model.shape.layer_kind(index)], past)
         return found
 
@@ -160,7 +162,7 @@ class _Walk:
         # From wide to narrow: what is rounded for a later run the earlier ones have had.
         for run in runs:
             module.to(run.dtype)
-            module.self_attn.form = run.form
+            module.spell(run.form)
             for case, hidden in zip(self.cases, run.hidden, strict=True):
                 self._run_case(module, index, case, hidden, run)
             self._record_hidden(run, index + 1)
@@ -168,13 +170,13 @@ class _Walk:
     def _run_case(
         self, module: DecoderLayer, index: int, case: Case, hidden: list[Tensor], run: _Run
     ) -> None:
-        past = module.self_attn.no_past(len(hidden[0]), run.dtype)
+        past = module.mixer.no_past(len(hidden[0]), run.dtype)
         for i, step in enumerate(case.steps):
             hidden[i], past = self.layers.step(module, index, step, hidden[i], past)
         valid = places_of(case, packed=self.shape.has_variants)
-        for part, tensor in zip(("key", "value"), past, strict=True):
-            array = _numpy(tensor.transpose(1, 2))[valid]
-            run.found[f"{case.name}.present.{index}.{part}"] = array
+        for part, tensor in zip(self.shape.layer_kind(index).states, past, strict=True):
+            name = f"{case.name}.present.{index}.{part}"
+            run.found[name] = of_tokens(name, _numpy(tensor), valid)
 
     def head(self, runs: Sequence[_Run]) -> None:
         norm = RMSNorm(self.shape.hidden_size, self.shape.norm_eps).to(self.weight_dtype)

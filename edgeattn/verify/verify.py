@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
+from edgeattn.encoder_shape import AnyShape, EncoderShape
+from edgeattn.engine.build import BuildReport, check_build
+from edgeattn.engine.profiles import check_profile, encoder_check_profile, input_shapes
 from edgeattn.errors import ProofError
 from edgeattn.planner.lowering import Lowering
 from edgeattn.shape import ModelShape
@@ -44,10 +46,12 @@ class Verification:
     Attributes:
         agreements: one per implementation compared with the reference.
         tensorrt: outcome of the TensorRT-RTX check, None where TensorRT has no part.
+        left_out: cases that were not run, each with the reason.
     """
 
     agreements: tuple[Agreement, ...]
-    tensorrt: RtxReport | None
+    tensorrt: BuildReport | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -61,6 +65,7 @@ class Verification:
             "passed": self.passed,
             "agreements": [a.to_dict() for a in self.agreements],
             "tensorrt": self.tensorrt.to_dict() if self.tensorrt else None,
+            "left_out": list(self.left_out),
         }
 
     def raise_if_failed(self) -> None:
@@ -74,7 +79,7 @@ class Verification:
                 raise disagreement_error(agreement, self.to_dict())
         if self.tensorrt is not None and self.tensorrt.status == "refused":
             raise ProofError(
-                expected=f"TensorRT-RTX to build the graph for SM{self.tensorrt.sm}",
+                expected=f"TensorRT-RTX to build the graph for SM{self.tensorrt.sms[0]}",
                 came=f"it refused: {self.tensorrt.reason}",
                 todo="report this graph, or export for another target or scheme",
                 details=self.to_dict(),
@@ -157,7 +162,7 @@ def prove(
     if lowering.decides_at_run_time:
         agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
     agreement = _with_operators(agreement, model_file, lowering, golden, operators_file)
-    verification = _with_tensorrt(
+    verification = with_tensorrt(
         agreement, model_file, lowering, model.shape, plugin_library, progress
     )
     verification.raise_if_failed()
@@ -171,6 +176,7 @@ def check(
     shape: ModelShape,
     *,
     tensorrt: bool = True,
+    provider: str = "cpu",
     plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -182,15 +188,21 @@ def check(
         lowering: what was decided when it was exported.
         shape: of the model.
         tensorrt: whether to ask TensorRT-RTX, where the target has a TensorRT.
+        provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
         plugin_library: that TensorRT-RTX loads here; None for the function bodies.
         progress: called with (stage, done, total).
     """
     agreement = check_onnxruntime(
-        model_file, golden, lowering, num_layers=shape.num_layers, progress=progress
+        model_file,
+        golden,
+        lowering,
+        num_layers=shape.num_layers,
+        provider=provider,
+        progress=progress,
     )
     if not tensorrt:
         return Verification((agreement,), None)
-    return _with_tensorrt(agreement, model_file, lowering, shape, plugin_library, progress)
+    return with_tensorrt(agreement, model_file, lowering, shape, plugin_library, progress)
 
 
 def check_onnxruntime(
@@ -199,6 +211,7 @@ def check_onnxruntime(
     lowering: Lowering,
     *,
     num_layers: int,
+    provider: str = "cpu",
     progress: Progress | None = None,
 ) -> Agreement:
     """Compares the bundle's own file in ONNX Runtime with golden vectors.
@@ -207,12 +220,12 @@ def check_onnxruntime(
     name the first bad layer.
     """
     stage = _staged(progress, "ONNX Runtime")
-    backend = OrtBackend(model_file, lowering)
+    backend = OrtBackend(model_file, lowering, provider=provider)
     agreement = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     if agreement.passed:
         return agreement
     stage = _staged(progress, "ONNX Runtime, layer by layer")
-    backend = OrtBackend(model_file, lowering, hidden=True)
+    backend = OrtBackend(model_file, lowering, hidden=True, provider=provider)
     detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
 
@@ -274,14 +287,15 @@ def _with_operators(
     )
 
 
-def _with_tensorrt(
+def with_tensorrt(
     agreement: Agreement,
     model_file: Path,
     lowering: Lowering,
-    shape: ModelShape,
+    shape: AnyShape,
     plugin_library: Path | None,
     progress: Progress | None,
 ) -> Verification:
+    """Adds TensorRT's verdict to an agreement, where there is one to ask for."""
     built = None
     if agreement.passed:
         built = check_tensorrt(
@@ -293,55 +307,29 @@ def _with_tensorrt(
 def check_tensorrt(
     model_file: Path,
     lowering: Lowering,
-    shape: ModelShape,
+    shape: AnyShape,
     *,
     plugin_library: Path | None = None,
     progress: Progress | None = None,
-) -> RtxReport | None:
+) -> BuildReport | None:
     """Parses and builds the graph with TensorRT-RTX, None where TensorRT has no part."""
     if lowering.rtx_sm is None:
         return None
     if progress:
         progress(f"TensorRT-RTX, parse and build for SM{lowering.rtx_sm}", 0, 1)
+    context = lowering.context or min(shape.max_context, _CHECK_CONTEXT)
+    of_kind = encoder_check_profile if isinstance(shape, EncoderShape) else check_profile
     report = check_build(
         model_file,
         sm=lowering.rtx_sm,
-        profiles=build_profiles(lowering, shape),
+        profiles=input_shapes(model_file, of_kind(context, lowering.batch)),
         timeout_s=TENSORRT_TIMEOUT_S,
         plugin_library=plugin_library,
+        strip_functions=lowering.strip_functions and plugin_library is not None,
     )
     if progress:
         progress(f"TensorRT-RTX, parse and build for SM{lowering.rtx_sm}", 1, 1)
     return report
-
-
-def build_profiles(
-    lowering: Lowering, shape: ModelShape
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Smallest, usual and largest shape of each graph input.
-
-    The largest fills the context half with past and half with new tokens.
-    """
-    context = lowering.context or min(shape.max_context, _CHECK_CONTEXT)
-    half = max(1, context // 2)
-    sizes = [(1, 1, 0), (1, 1, half), (lowering.batch, half, half)]
-
-    def three(
-        build: Callable[[int, int, int], tuple[int, ...]],
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        low, usual, high = (build(*size) for size in sizes)
-        return low, usual, high
-
-    cache = three(lambda b, t, p: (b, shape.num_kv_heads, p, shape.head_dim))
-    profiles = {
-        "input_ids": three(lambda b, t, p: (b, t)),
-        "attention_mask": three(lambda b, t, p: (b, p + t)),
-        "position_ids": three(lambda b, t, p: (b, t)),
-    }
-    for layer in range(shape.num_layers):
-        for part in ("key", "value"):
-            profiles[f"past_key_values.{layer}.{part}"] = cache
-    return profiles
 
 
 def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:

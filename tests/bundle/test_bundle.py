@@ -19,6 +19,7 @@ from edgeattn.bundle.manifest import SCHEMA_VERSION, parse_manifest
 from edgeattn.errors import BundleError
 
 FILES = (
+    "build_on_device.sh",
     "config.json",
     "generation_config.json",
     "genai_config.json",

@@ -59,6 +59,18 @@ def test_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_of_a_static_cache(run: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    options = ("--target", "jetson-orin", "--kv-cache", "static", "--dry-run")
+    plain = run("export", tiny_checkpoint, *options, "--context", 64, "--batch", 2)
+    assert plain.exit_code == 0, plain.output
+    assert "kv_cache         static" in plain.stdout
+    assert "at 64 tokens in 2 rows" in plain.stdout
+    older = ("--target", "jetson-orin@jetpack6.2", *options[2:])
+    assert "has tensorrt 10.3" in sentence(run("export", tiny_checkpoint, *older), 1)
+    wrong = (*options[:3], "statik", "--dry-run")
+    assert "did you mean static" in sentence(run("export", tiny_checkpoint, *wrong), 2)
+
+
 def test_dry_run_knows_the_size(
     run: Callable[..., Any], tiny_checkpoint: Path, export_tiny: Callable[..., Path]
 ) -> None:
@@ -219,6 +231,14 @@ def test_default_output(
     assert again.exit_code == 0
     manifest = json.loads((tmp_path / "tiny-cpu-none" / "manifest.json").read_text())
     assert manifest["verification"]["status"] == "passed"
+
+
+def test_default_output_of_a_static_cache() -> None:
+    from edgeattn.pipeline import default_output
+    from edgeattn.recipe import Recipe
+
+    place = default_output("models/tiny", Recipe("cpu", dtype="fp16", kv_cache="static"))
+    assert place.name == "tiny-cpu-none-fp16-static-cache"
 
 
 def test_a_folder_in_use(run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -23,13 +23,14 @@ from click.testing import CliRunner
 from op_cases import case_inputs, op_model
 from plugin_commands import PLUGIN_OPS
 
-from edgeattn.bundle.bundle import Bundle
+from edgeattn.bundle.bundle import Bundle, hash_file
 from edgeattn.cli import main
 from edgeattn.cli.plugins import command
 from edgeattn.devices.registry import parse_target
 from edgeattn.engine import toolchain
+from edgeattn.engine.build import check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.engine.plugins import LIBRARY, PLUGIN_ABI, PluginLibrary, read_library
-from edgeattn.engine.tensorrt_rtx import check_build, is_available
 from edgeattn.errors import (
     BundleError,
     EdgeattnError,
@@ -40,7 +41,7 @@ from edgeattn.errors import (
 from edgeattn.exporters.export import export_graph
 from edgeattn.ops.recurrent_linear_attention import SPEC
 from edgeattn.ops.spec import DOMAIN, OP_VERSION, Case
-from edgeattn.pipeline import export, plugin_cache, plugins
+from edgeattn.pipeline import BuildRequest, build_bundle, export, plugin_cache, plugins
 from edgeattn.pipeline.plugin_cache import LibraryRequest, finished_library
 from edgeattn.recipe import Recipe
 from edgeattn.verify.operators import load_samples
@@ -107,7 +108,7 @@ def test_a_graph_gets_the_library_of_its_target_and_one_for_the_check_here(
     found = plugins.plugins_for(model(tmp_path), parse_target("jetson-orin"))
     assert found is not None
     assert (found.target.arch, found.target.sms) == ("aarch64", (87,))
-    if not is_available():
+    if not TENSORRT_RTX.is_available():
         pytest.skip("TensorRT-RTX (extra rtx) is not installed")
     assert found.host is not None
     assert (found.host.arch, found.host.sms) == (platform.machine(), (86,))
@@ -196,10 +197,38 @@ def test_an_export_whose_graph_has_such_a_node_carries_the_library(
     samples = load_samples(bundle.path / "golden" / "operators.npz")  # of prefill and decoding
     assert [sample.op for sample in samples] == ["RecurrentLinearAttention"] * 2
     assert bundle.manifest.verification.status == "passed"
-    if is_available():
+    if TENSORRT_RTX.is_available():
         assert report.verification is not None
         assert report.verification.tensorrt is not None
         assert report.verification.tensorrt.plugin_layers == 1
+
+
+@pytest.mark.skipif(not TENSORRT_RTX.is_available(), reason="needs edgeattn[rtx]")
+@pytest.mark.usefixtures("shared_traces")
+def test_an_engine_has_the_plugins_of_the_bundle_s_own_library(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built with the library in the bundle, and refused for a GPU it has no kernels for."""
+
+    def exporting(model: Any, lowering: Any, file: Path, *rest: Any, **keywords: Any) -> Any:
+        report = export_graph(model, lowering, file, *rest, **keywords)
+        with_recurrent_node(file)
+        return report
+
+    smoke = functools.partial(plugins.build_plugins, subset="smoke")
+    monkeypatch.setattr(plugins, "build_plugins", smoke)
+    monkeypatch.setattr("edgeattn.exporters.export.export_graph", exporting)
+    export(tiny_checkpoint, Recipe("rtx-4090"), tmp_path / "bundle", verify=False)
+    built = build_bundle(tmp_path / "bundle", BuildRequest())
+    record = built.engine.record
+    assert record.plugins is not None
+    assert record.plugins.layers == 1
+    assert record.plugins.file == f"plugins/{platform.machine()}/{LIBRARY}"
+    placed = tmp_path / "bundle" / record.plugins.file
+    assert record.plugins.sha256 == hash_file(placed)
+    assert sum(layer.kind == "PLUGIN_V3" for layer in record.layer_list) == 1
+    with pytest.raises(LoweringError, match="SM 120"):
+        build_bundle(tmp_path / "bundle", BuildRequest(targets=("rtx-5090",)))
 
 
 @pytest.fixture
@@ -226,7 +255,7 @@ def test_a_given_library_is_taken_where_it_fits(
     found = plugins.plugins_for(file, parse_target("jetson-orin"), library=given)
     assert found is not None
     assert (found.target, found.host) == (given, None)
-    assert "function bodies were built" in found.checked or not is_available()
+    assert "function bodies were built" in found.checked or not TENSORRT_RTX.is_available()
     with pytest.raises(MissingDependencyError, match="CMake"):
         plugins.plugins_for(file, parse_target("jetson-orin"))
 

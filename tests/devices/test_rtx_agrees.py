@@ -8,11 +8,14 @@ import pytest
 from onnx import GraphProto, TensorProto, helper, save_model
 
 from edgeattn.devices.registry import parse_target
-from edgeattn.engine.tensorrt_rtx import check_build, is_available
+from edgeattn.engine.build import check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"),
+    pytest.mark.skipif(
+        not TENSORRT_RTX.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
+    ),
 ]
 
 ONNX_DTYPES = {

@@ -63,6 +63,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3-standard": ("standard", _GEMMA3),
+    "llama-static": ("static", {}),
+    "gemma3-static": ("static", _GEMMA3),
 }
 TOLERANCE = 1e-5  # of the RMS, as between torch and ONNX Runtime in fp32
 
@@ -80,7 +82,11 @@ class Pair:
 
     def lowering(self, quant: str) -> Lowering:
         target = "jetson-orin@jetpack6.2" if self.form == "primitive" else "cpu"
-        lowering = plan_lowering(Recipe(target, quant=quant, dtype="fp32"), parse_target(target))
+        asked = Recipe(target, quant=quant, dtype="fp32")
+        if self.form == "static":
+            static = replace(asked, kv_cache="static", context=8 + STEPS)
+            return plan_lowering(static, parse_target(target))
+        lowering = plan_lowering(asked, parse_target(target))
         return replace(lowering, attention=self.form)  # type: ignore[arg-type]
 
     def stamped(self, trace: Trace, quant: str) -> tuple[ir.Model, WeightBinder]:
@@ -214,14 +220,20 @@ def run_torch(decoder: Decoder, ids: np.ndarray, mask: np.ndarray) -> dict[str, 
 def run_onnx(file: Path, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     session = open_onnxruntime(file, threads=1, exact=True)
     names = [output.name for output in session.get_outputs()]
+    inputs = {i.name: i for i in session.get_inputs()}
+    slots = inputs["attention_mask"].shape[1] if "write_indices" in inputs else 0
     cache = {
-        i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith("past")
+        name: np.zeros((len(ids), i.shape[1], slots, i.shape[3]), np.float32)
+        for name, i in inputs.items()
+        if name.startswith("past")
     }
     found: dict[str, np.ndarray] = {}
     for step, arrays in enumerate(steps_of(ids, mask)):
         feeds = dict(zip(("input_ids", "attention_mask", "position_ids"), arrays, strict=True))
+        if slots:
+            seen = feeds["attention_mask"].shape[1]
+            feeds["attention_mask"] = np.pad(feeds["attention_mask"], ((0, 0), (0, slots - seen)))
+            feeds["write_indices"] = np.full(len(ids), seen - feeds["input_ids"].shape[1])
         outputs = dict(zip(names, session.run(names, {**feeds, **cache}), strict=True))
         found[f"logits {step}"] = outputs.pop("logits")
         found.update(outputs)

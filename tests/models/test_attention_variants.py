@@ -124,7 +124,8 @@ def test_the_heads_with_the_largest_logits_are_active(softmax: Model) -> None:
 @torch.inference_mode()
 def _last_row(attention: Attention, model: Model, x: Tensor) -> Tensor:
     """What attention gives the output projection for the last token, after a prefill."""
-    from edgeattn.models.attention import inverse_frequencies, layer_inputs
+    from edgeattn.models.layer_inputs import layer_inputs
+    from edgeattn.models.rotary import inverse_frequencies
 
     frequencies = [inverse_frequencies(rope) for rope in model.shape.ropes]
     past, y = attention.no_past(len(x), x.dtype), x

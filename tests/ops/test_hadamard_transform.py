@@ -14,7 +14,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from edgeattn.engine.tensorrt_rtx import check_build, is_available
+from edgeattn.engine.build import check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import RuntimeInputError
 from edgeattn.ops.function import node
 from edgeattn.ops.hadamard_transform import SPEC, function_body, reference
@@ -186,7 +187,7 @@ def test_onnxruntime_folds_all_but_the_products(tmp_path: Path) -> None:
     assert sorted(kinds) == ["MatMul", "MatMul", "Reshape", "Reshape", "Shape"]
 
 
-@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(not TENSORRT_RTX.is_available(), reason="TensorRT-RTX is not installed")
 def test_tensorrt_runs_the_body_without_the_plugin(tmp_path: Path) -> None:
     _, matrices = factors_of(576)
     file = tmp_path / "model.onnx"

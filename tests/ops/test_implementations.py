@@ -26,7 +26,8 @@ from op_cases import (
 )
 from torch import Tensor, library
 
-from edgeattn.engine.tensorrt_rtx import check_build, is_available
+from edgeattn.engine.build import check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import EdgeattnError, RuntimeInputError
 from edgeattn.exporters.check import lint
 from edgeattn.ops import ALL_OPS
@@ -137,7 +138,9 @@ def test_no_runtime_has_an_operator_of_its_own_under_our_names() -> None:
     assert taken.isdisjoint(spec.name for spec in ALL_OPS)
 
 
-@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX (extra rtx) is not installed")
+@pytest.mark.skipif(
+    not TENSORRT_RTX.is_available(), reason="TensorRT-RTX (extra rtx) is not installed"
+)
 def test_tensorrt_has_no_operator_of_its_own_under_our_names() -> None:
     import tensorrt_rtx as trt
 
@@ -147,7 +150,9 @@ def test_tensorrt_has_no_operator_of_its_own_under_our_names() -> None:
     assert not [spec.name for spec in ALL_OPS if parser.supports_operator(spec.name)]
 
 
-@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX (extra rtx) is not installed")
+@pytest.mark.skipif(
+    not TENSORRT_RTX.is_available(), reason="TensorRT-RTX (extra rtx) is not installed"
+)
 @pytest.mark.parametrize("sm", [80, 86, 89, 120])
 @pytest.mark.parametrize("spec", ALL_OPS, ids=case_id)
 def test_function_body_builds_in_tensorrt_rtx(spec: OpSpec, sm: int, tmp_path) -> None:

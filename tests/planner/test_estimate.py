@@ -41,6 +41,8 @@ def sizes(path: Path) -> dict[str, int]:
         ("cpu", "w4-rtn", {**WIDE, "tie_word_embeddings": False}),
         ("jetson-orin", "none", WIDE),
         ("jetson-orin@jetpack6.2", "w8-rtn", {}),
+        ("jetson-orin static", "none", WIDE),
+        ("cpu static", "none", {}),
     ],
 )
 def test_sizes_are_those_of_the_bundle(
@@ -50,7 +52,9 @@ def test_sizes_are_those_of_the_bundle(
     quant: str,
     config: dict[str, int],
 ) -> None:
-    bundle = Bundle.open(export_tiny(target, quant, model=random_checkpoint(**config)))
+    target, _, kv_cache = target.partition(" ")
+    asked = {"kv_cache": kv_cache} if kv_cache else {}
+    bundle = Bundle.open(export_tiny(target, quant, model=random_checkpoint(**config), **asked))
     lowering = Lowering.from_dict(bundle.manifest.lowering)
     found = sizes(bundle.path)
     text = found["tokenizer.json"]
@@ -73,19 +77,20 @@ def test_without_a_proof_there_is_less(
     assert set(expected.seconds) == {"start", "trace", "weights"}
 
 
-def test_the_proof_is_as_long_as_assumed() -> None:
+def test_the_proof_is_as_long_as_assumed(shape: ModelShape) -> None:
     from edgeattn.verify.cases import MANY_RAGGED_STEPS, build_cases
 
     cases = build_cases(1000, 4096)
     steps = [step for case in cases for step in case.steps]
     assert len(cases) == module.PROOF_CASES
+    assert sum(len(case.steps[0].input_ids) for case in cases) == module.PROOF_ROWS
     assert len(steps) == module.PROOF_STEPS
     assert sum(int(step.new_mask.sum()) for step in steps) == module.PROOF_TOKENS
     assert sum(step.input_ids.shape[0] for step in steps) == module.PROOF_LAST_TOKENS
     longer = build_cases(1000, 4096, exact=68, ragged_steps=MANY_RAGGED_STEPS)
     tokens = sum(int(step.new_mask.sum()) for case in longer for step in case.steps)
     variant = plan_lowering(Recipe("cpu", attention=("fft-rope",)), parse_target("cpu"))
-    assert tokens == module.PROOF_TOKENS + module._more_tokens(variant)
+    assert tokens == module.PROOF_TOKENS + module._more_tokens(shape, variant)
 
 
 def test_every_target_and_scheme_has_an_estimate(shape: ModelShape) -> None:
@@ -108,6 +113,8 @@ def test_the_cache(shape: ModelShape) -> None:
     assert found.cache_bytes == found.cache_bytes_per_token * 1024 * 2
     assert (found.context, found.batch) == (1024, 2)
     assert estimate(shape, lowered(shape, "jetson-orin")).context == 8192
+    whole = estimate(shape, lowered(shape, "jetson-orin", kv_cache="static", batch=2))
+    assert whole.cache_bytes == found.cache_bytes_per_token * 8192 * 2  # all slots, from the start
 
 
 def test_what_makes_an_export_smaller_or_shorter(shape: ModelShape) -> None:

@@ -307,3 +307,37 @@ def test_an_int8_cache_adds_no_weights(target: str) -> None:
     plain, joined = (fit(SMOLLM2, target, cached("w8a8", kv)) for kv in ("float", "int8"))
     tables = 2 * 8192 * 32 * 4 - 32 * 4 if target == "cpu" else 0
     assert weight_bytes(SMOLLM2, plain) - weight_bytes(SMOLLM2, joined) == tables
+
+
+def static(target: str, quant: str = "none", **fields: object) -> Lowering:
+    recipe = Recipe.from_dict({"target": target, "quant": quant, "kv_cache": "static", **fields})
+    return fit_lowering(plan_lowering(recipe, parse_target(target)), SMOLLM2, parse_target(target))
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin", "l4", "rtx-4090", "rtx-5090", "t4"])
+def test_a_static_cache_has_an_opset_and_a_capacity(target: str) -> None:
+    lowering = static(target)
+    assert (lowering.kv_cache, lowering.attention, lowering.opset) == ("static", "standard", 24)
+    assert lowering.context == 8192, "the checkpoint's own"
+    assert static(target, context=512).context == 512
+    assert not lowering.packs_cache
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "reason"),
+    [
+        ("jetson-orin@jetpack6.2", {}, "jetpack6.2 has tensorrt 10.3"),
+        ("l4@trt10.14", {}, "l4@trt10.14 has tensorrt 10.14"),
+        ("cpu", {"attention": ["head-sparse:density=0.75"]}, "packs each row's keys at the front"),
+        ("jetson-orin", {"quant": "w8a8:kv=int8"}, "int8, which tensorrt does not scatter"),
+        ("cpu", {"context": 9000}, "at most 8192 tokens"),
+    ],
+)
+def test_a_static_cache_is_refused(target: str, fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(LoweringError, match=reason):
+        static(target, **fields)
+
+
+def test_a_static_cache_of_int8_on_the_cpu() -> None:
+    lowering = static("cpu", "w8a8:kv=int8")
+    assert (lowering.kv_cache, lowering.scheme.kv_bits) == ("static", 8)

@@ -112,6 +112,8 @@ def test_roofline_is_the_slower_of_two():
 def test_machine_has_the_targets_figures():
     machine = machine_of(parse_target("jetson-orin"))
     assert machine == Machine(42.5e12, 204.8e9, 2)
+    assert machine_of(parse_target("jetson-orin"), "fp32") == Machine(5.3e12, 204.8e9, 4)
+    assert machine_of(parse_target("jetson-orin"), "bf16") is None, "not published"
     assert machine_of(parse_target("cpu")) is None
 
 

@@ -13,17 +13,18 @@ pytest.importorskip("torch")
 from attention_models import with_fft_rope, with_head_sparse
 
 from edgeattn.devices.registry import parse_target
-from edgeattn.engine import tensorrt_rtx
-from edgeattn.engine.tensorrt_rtx import check_build
+from edgeattn.engine.build import check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
+from edgeattn.engine.profiles import check_profile, input_shapes
+from edgeattn.errors import LoweringError
 from edgeattn.exporters.export import export_graph
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, model_of
 from edgeattn.planner.lowering import fit_lowering, plan_lowering
 from edgeattn.recipe import Recipe
-from edgeattn.verify.verify import build_profiles
 
 pytestmark = pytest.mark.skipif(
-    not tensorrt_rtx.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
+    not TENSORRT_RTX.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
 )
 VARIANTS: dict[str, Callable[[Model], Model]] = {
     "fft-rope": with_fft_rope,
@@ -43,7 +44,7 @@ def exported(
     model = VARIANTS[request.param](model)
     folder = tmp_path_factory.mktemp("variant")
     export_graph(model, lowering, folder / "model.onnx", folder / "model.onnx.data")
-    profiles = build_profiles(lowering, model.shape)
+    profiles = input_shapes(folder / "model.onnx", check_profile(128, 2))
     return folder / "model.onnx", profiles, model.shape.num_layers - 1
 
 
@@ -55,3 +56,15 @@ def test_with_the_library_and_without(
     for plugins, count in ((library.path, layers), (None, 0)):
         report = check_build(model, sm=sm, profiles=profiles, timeout_s=240, plugin_library=plugins)
         assert (report.status, report.reason, report.plugin_layers) == ("built", "", count)
+
+
+def test_as_a_parser_reads_it_that_prefers_function_bodies(
+    exported: tuple[Path, dict[str, Any], int], library: Any
+) -> None:
+    """Of TensorRT up to 10.6: the bodies are taken away, so there must be a library."""
+    model, profiles, layers = exported
+    stripped = {"sm": 86, "profiles": profiles, "timeout_s": 240, "strip_functions": True}
+    report = check_build(model, plugin_library=library.path, **stripped)
+    assert (report.status, report.reason, report.plugin_layers) == ("built", "", layers)
+    with pytest.raises(LoweringError, match=r"no function body.*no plugin library was given"):
+        check_build(model, **stripped)

@@ -24,14 +24,15 @@ from op_cases import (
 )
 from plugin_commands import PLUGIN_CASES
 
-from edgeattn.engine import tensorrt_rtx
-from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
+from edgeattn.engine import build
+from edgeattn.engine.build import BuildReport, check_build
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import LoweringError
 from edgeattn.ops.recurrent_linear_attention import SPEC
 from edgeattn.ops.spec import Case, OpSpec
 
 pytestmark = pytest.mark.skipif(
-    not tensorrt_rtx.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
+    not TENSORRT_RTX.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
 )
 CASES = [case for case in SPEC.cases if case.dtype == "fp16"]
 
@@ -42,7 +43,7 @@ def stored(case: Case, file: Path) -> Path:
     return file
 
 
-def checked(case: Case, model: Path, library: Path | None, *, sm: int = 80) -> RtxReport:
+def checked(case: Case, model: Path, library: Path | None, *, sm: int = 80) -> BuildReport:
     """A build of `stored` for decoding and prefill."""
 
     def shapes(batch: int, rows: int) -> Sequence[tuple[int, ...]]:
@@ -81,7 +82,7 @@ def test_one_file_serves_onnx_runtime_and_tensorrt(library: Any, tmp_path: Path)
         for plugins, layers in ((library.path, 1), (None, 0)):
             report = checked(case, file, plugins, sm=sm)
             assert (report.status, report.reason, report.plugin_layers) == ("built", "", layers)
-            assert report.sm == sm
+            assert report.sms == (sm,)
     assert file.read_bytes() == content
 
     stripped = onnx.load(file)
@@ -98,7 +99,7 @@ def test_which_states_tensorrt_cannot_update_in_place(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: bool, output: bool
 ) -> None:
     """Should this fail, `require_states` refuses what TensorRT has learned to build."""
-    monkeypatch.setattr(tensorrt_rtx, "require_states", lambda library, model: None)
+    monkeypatch.setattr(build, "require_states", lambda library, model: None)
     model = op_model(SPEC, next(case for case in CASES if case.name == "unequal-widths"), 21)
     constant_states(model, constant=constant, output=output)
     onnx.save(model, tmp_path / "model.onnx")

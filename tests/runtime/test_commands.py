@@ -32,6 +32,7 @@ def test_run_streams_the_text(edgeattn, stories, stories_bundle, story):
     assert done.stdout == generate(stories, story, max_new_tokens=20).text + "\n"
     assert "prefill 16 tokens at" in done.stderr
     assert "decode 20 tokens at" in done.stderr
+    assert "; cache 44.8 kB; " in done.stderr
 
 
 def test_run_json(edgeattn, stories, stories_bundle, story):
@@ -46,6 +47,7 @@ def test_run_json(edgeattn, stories, stories_bundle, story):
     assert found["finish_reason"] == "length"
     assert found["bundle"] == str(stories_bundle)
     assert found["decode_tokens_per_second"] > 0
+    assert found["cache_bytes"] == expected.cache_bytes > 0
 
 
 def test_run_reads_standard_input(edgeattn, stories_bundle, story):

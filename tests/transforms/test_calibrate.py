@@ -18,12 +18,12 @@ from wrapped_weights import CountedWeights, with_outlier_channels
 
 from edgeattn.calibration.store import LayerStore
 from edgeattn.calibration.walk import STAGES
-from edgeattn.models.attention import apply_rotary
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.families import EMBEDDING, LM_HEAD, parameter_names
 from edgeattn.models.linear import Linear, linear_of
 from edgeattn.models.model import Model, ModelWeights, load_decoder, load_layer, model_of
+from edgeattn.models.rotary import apply_rotary
 from edgeattn.models.stream import BATCH, embed_windows, final_hidden, run_layer, window_inputs
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.gptq import Hessian, gptq

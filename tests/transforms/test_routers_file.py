@@ -143,6 +143,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no slots": (lambda about, tensors: about["layers"]["1"].pop("slots"), "None slots"),
     "0 slots": (lambda about, tensors: about["layers"]["1"].update(slots=0), "0 slots in layer 1"),
     "5 slots": (lambda about, tensors: about["layers"]["1"].update(slots=5), "5 slots in layer 1"),
+    "active": (
+        lambda about, tensors: about["layers"]["1"].update(active=[0.5]),
+        r"shares of \d+ heads of layer 1 .* they are \[0.5\]",
+    ),
     "recall": (lambda about, tensors: about["layers"]["1"].update(recall=2), "recall .* it is 2"),
     "a router missing": (lambda about, tensors: about["layers"].pop("1"), "0 are .* 2 unknown"),
     "a bias missing": (lambda about, tensors: tensors.pop("layers.1.router_bias"), "1 are missing"),

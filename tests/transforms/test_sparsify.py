@@ -22,7 +22,14 @@ from edgeattn.models.model import Model, load_decoder, load_layer, model_of
 from edgeattn.models.stream import embed_windows, run_layer, window_inputs
 from edgeattn.text_file import read_text
 from edgeattn.transforms.head_router import HeadRouter, recall
-from edgeattn.transforms.sparsify import RoutedLayer, Routers, sparsify, train_routers
+from edgeattn.transforms.rotate import hadamard_rotations, rotate
+from edgeattn.transforms.sparsify import (
+    RoutedLayer,
+    Routers,
+    in_basis_of,
+    sparsify,
+    train_routers,
+)
 from edgeattn.verify.head_sparsity import by_oracle, by_routers, decoding_perplexity
 
 HALF = HeadSparseRequest(Fraction(1, 2))
@@ -156,6 +163,10 @@ def test_recall_is_on_windows_held_out(stories: Model, novel: Tensor, trained: R
     found = recall(routed.router.scores(normed), norms, units=8, slots=4)
     assert routed.recall == pytest.approx(found, abs=2e-4)
     assert 0.6 < routed.recall < 1
+    active = trained.active(3, normed)
+    assert active is not None
+    shares = active.double().mean(dim=(0, 1)).tolist()
+    assert routed.active == pytest.approx(shares, abs=2e-3)
 
 
 def test_a_classifier_finds_the_longest(stories: Model, novel: Tensor, trained: Routers) -> None:
@@ -195,3 +206,22 @@ def test_finished_layers_are_not_trained_again(
 def test_one_window_is_too_few(tiny: Model) -> None:
     with pytest.raises(UsageError, match="at least 2 windows"):
         train_routers(tiny, torch.zeros(1, 8, dtype=torch.int64), HALF, {1: 2})
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_routers_choose_the_same_heads_in_a_rotated_model(
+    stories: Model, novel: Tensor, trained: Routers, online: bool
+) -> None:
+    rotated = rotate(stories, hadamard_rotations(stories.shape, online=online))
+    moved = in_basis_of(trained, rotated, stories)
+    ungained = replace(rotated, weights=stories.weights)  # as if no norm had been folded
+    for layer, routed in moved.layers.items():
+        before, after = (norms_of(m, novel, layer)[0] for m in (stories, rotated))
+        expected = trained.layers[layer].router.scores(before)
+        torch.testing.assert_close(routed.router.scores(after), expected, atol=1e-3, rtol=1e-3)
+        for wrong in (trained, in_basis_of(trained, ungained, stories)):
+            found = wrong.layers[layer].router.scores(after)
+            assert (found - expected).abs().max() > 0.1
+    same = in_basis_of(trained, stories, stories)
+    for layer, routed in same.layers.items():
+        assert torch.equal(routed.router.weight, trained.layers[layer].router.weight)

@@ -15,7 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from edgeattn.engine.tensorrt_rtx import is_available
+from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import BundleError, ProofError
 from edgeattn.pipeline import export, verify_bundle
 from edgeattn.recipe import Recipe
@@ -60,7 +60,9 @@ def test_every_target_is_proven(
     assert agreement.kl < 1e-3
 
 
-@pytest.mark.skipif(not is_available(), reason="TensorRT-RTX is not installed (edgeattn[rtx])")
+@pytest.mark.skipif(
+    not TENSORRT_RTX.is_available(), reason="TensorRT-RTX is not installed (edgeattn[rtx])"
+)
 @pytest.mark.parametrize(
     ("target", "quant"),
     [

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save_model
 
-from edgeattn.engine import tensorrt_rtx
-from edgeattn.engine.tensorrt_rtx import RtxReport, check_build
+from edgeattn.engine import build, child_process, flavours
+from edgeattn.engine.build import BuildReport, check_build
+from edgeattn.engine.flavours import TENSORRT_RTX, Flavour
 from edgeattn.errors import BundleError, LoweringError
 
 needs_rtx = pytest.mark.skipif(
-    not tensorrt_rtx.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
+    not TENSORRT_RTX.is_available(), reason="needs TensorRT-RTX: install edgeattn[rtx]"
 )
 PROFILES = {"x": ((1, 64), (4, 64), (8, 64))}
 TIMEOUT_S = 120.0
@@ -74,13 +75,13 @@ def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def replace(code: str) -> None:
         (tmp_path / "stand_in_child.py").write_text(textwrap.dedent(code))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-        monkeypatch.setattr(tensorrt_rtx, "_CHILD_MODULE", "stand_in_child")
-        monkeypatch.setattr(tensorrt_rtx, "is_available", lambda: True)
+        monkeypatch.setattr(child_process, "_CHILD_MODULE", "stand_in_child")
+        monkeypatch.setattr(Flavour, "is_available", lambda self: True)
 
     return replace
 
 
-def check(model: Path, sm: int = 86, timeout_s: float = TIMEOUT_S) -> RtxReport:
+def check(model: Path, sm: int = 86, timeout_s: float = TIMEOUT_S) -> BuildReport:
     return check_build(model, sm=sm, profiles=PROFILES, timeout_s=timeout_s)
 
 
@@ -90,7 +91,7 @@ def test_builds_dynamic_shapes_with_external_data(linear: Path, sm: int) -> None
     assert linear.with_name("linear.onnx.data").is_file()
     report = check(linear, sm)
     assert report.status == "built", report.reason
-    assert (report.sm, report.reason, report.exit_detail) == (sm, "", "")
+    assert (report.sms, report.reason, report.exit_detail) == ((sm,), "", "")
     assert report.parser_errors == report.log_errors == ()
     assert report.layers
     assert report.layers > 0
@@ -108,6 +109,41 @@ def test_builds_dynamic_shapes_with_external_data(linear: Path, sm: int) -> None
 
 
 @needs_rtx
+def test_an_engine_that_cannot_be_written(linear: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="the system says: No such file or directory: free some"):
+        build.build_engine(
+            linear,
+            tmp_path / "none" / "engine",
+            flavour=TENSORRT_RTX,
+            sms=(86,),
+            profiles=[PROFILES],
+            options=build.BuildOptions(),
+            timeout_s=TIMEOUT_S,
+        )
+
+
+@needs_rtx
+@pytest.mark.parametrize("content", [None, b"", b"garbage"])
+def test_a_timing_cache_spoils_no_build(
+    linear: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    """TensorRT-RTX takes one and keeps nothing in it."""
+    cache = tmp_path / "cache"
+    if content is not None:
+        cache.write_bytes(content)
+    report = build.build_engine(
+        linear,
+        tmp_path / "engine",
+        flavour=TENSORRT_RTX,
+        sms=(86,),
+        profiles=[PROFILES],
+        options=build.BuildOptions(timing_cache=cache),
+        timeout_s=TIMEOUT_S,
+    )
+    assert (report.status, report.exit_detail) == ("built", "")
+
+
+@needs_rtx
 def test_missing_external_data_is_refused(linear: Path) -> None:
     linear.with_name("linear.onnx.data").unlink()
     report = check(linear)
@@ -121,7 +157,7 @@ def test_missing_external_data_is_refused(linear: Path) -> None:
 def test_a_network_must_have_the_plugin_layers_of_its_graph(
     linear: Path, expected: int, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "expected_layers", lambda library, nodes: expected)
+    monkeypatch.setattr(build, "expected_layers", lambda library, nodes: expected)
     report = check(linear)
     assert report.status == status
     assert (f"0 plugin layers, where the graph has {expected}" in report.reason) == bool(expected)
@@ -226,10 +262,11 @@ def test_ctrl_c_kills_the_child(linear: Path, child, tmp_path: Path) -> None:
     """)
     code = f"""
         from pathlib import Path
-        from edgeattn.engine import tensorrt_rtx
-        tensorrt_rtx._CHILD_MODULE = "stand_in_child"
-        tensorrt_rtx.is_available = lambda: True
-        tensorrt_rtx.check_build(Path({str(linear)!r}), sm=86, profiles={{}}, timeout_s=60)
+        from edgeattn.engine import build, child_process
+        from edgeattn.engine.flavours import Flavour
+        child_process._CHILD_MODULE = "stand_in_child"
+        Flavour.is_available = lambda self: True
+        build.check_build(Path({str(linear)!r}), sm=86, profiles={{}}, timeout_s=60)
     """
     # a session of its own: the signal reaches the parent alone, as from a supervisor
     with subprocess.Popen(
@@ -249,8 +286,8 @@ def test_ctrl_c_kills_the_child(linear: Path, child, tmp_path: Path) -> None:
 def test_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
     code = f"""
         import os, time
-        from edgeattn.engine import rtx_child
-        rtx_child._die_with_parent()
+        from edgeattn.engine import child_report
+        child_report.die_with_parent()
         open("{tmp_path}/pid", "w").write(str(os.getpid()))
         time.sleep(60)
     """
@@ -268,7 +305,7 @@ def test_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
 def test_without_the_package_nothing_is_checked(
     linear: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "find_spec", lambda name: None)
+    monkeypatch.setattr(flavours, "find_spec", lambda name: None)
     report = check(linear)
     assert (report.status, report.reason) == ("not checked", "install edgeattn[rtx]")
 

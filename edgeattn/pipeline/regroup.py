@@ -1,0 +1,219 @@
+"""`export --attention gqa`: other numbers of heads, and the training that makes up for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn import __version__
+from edgeattn.bundle import bundle as layout
+from edgeattn.errors import RuntimeInputError
+from edgeattn.pipeline.clock import Clock
+from edgeattn.planner.group_query import regrouped_shape
+from edgeattn.recipe import Recipe
+from edgeattn.shape import ModelShape
+from edgeattn.text_file import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeattn.models.checkpoint import Checkpoint
+    from edgeattn.models.model import Model
+    from edgeattn.transforms.regroup import LayerGroups, RegroupReport
+
+# Of the work folder.
+_PART, _GROUPS, _TRAINING = "regroup", "groups.safetensors", "training.safetensors"
+# Fewer windows to train on would be learned by heart.
+_FEWEST_WINDOWS = 16
+_HELD_WINDOWS = 8
+
+
+def made_before(recipe: Recipe) -> dict[str, Any]:
+    """What later transforms depend on of the ones here, JSON-ready; nothing without any."""
+    if recipe.group_query is None:
+        return {}
+    found: dict[str, Any] = {"group query": recipe.group_query.label}
+    if recipe.finetune_text is not None:
+        from edgeattn.calibration.windows import text_sha256
+
+        found["finetune"] = {
+            "text_sha256": text_sha256(read_text(Path(recipe.finetune_text))),
+            "steps": recipe.finetune_steps,
+            "learning_rate": recipe.finetune_lr,
+        }
+    return found
+
+
+def with_regrouped_heads(
+    checkpoint: Checkpoint,
+    model: Model,
+    recipe: Recipe,
+    context: int | None,
+    work: Path,
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    """The model with the recipe's numbers of heads, trained where it says so, and notes.
+
+    Args:
+        checkpoint: with tokenizer and fingerprint.
+        model: of the checkpoint, neither rotated nor quantised.
+        recipe: names numbers and texts.
+        context: of the bundle; None takes the checkpoint's own.
+        work: folder of unfinished work.
+        clock: for stages and progress.
+
+    Raises:
+        EdgeattnError: a text that does not fit, or work of another recipe.
+    """
+    from edgeattn.calibration.work import WorkFolder
+    from edgeattn.models.model import checkpoint_digest
+    from edgeattn.pipeline.transform import calibration_windows
+    from edgeattn.transforms.regroup import regroup
+
+    request = recipe.group_query
+    if request is None:
+        return model, {}
+    windows, about = calibration_windows(checkpoint, recipe, context)
+    training = None if recipe.finetune_text is None else _training_windows(checkpoint, recipe)
+    made_from = {
+        "edgeattn": __version__,
+        "checkpoint": checkpoint_digest(checkpoint),
+        **about,
+        "group query": request.label,
+    }
+    folder = WorkFolder(work / _PART, {**made_from, **made_before(recipe)})
+    shape = regrouped_shape(model.shape, request)
+    clock.start("comparing heads")
+    layers, report = _groups(model, windows, shape, folder, made_from, clock)
+    merged = regroup(model, layers)
+    notes: dict[str, Any] = {"regrouped heads": _about(model.shape, shape, layers, report)}
+    if training is not None:
+        merged, notes["recovery training"] = _recovered(
+            model, merged, training, recipe, folder, made_from, clock
+        )
+    return merged, notes
+
+
+def _groups(
+    model: Model,
+    windows: Tensor,
+    shape: ModelShape,
+    folder: Any,
+    made_from: Mapping[str, Any],
+    clock: Clock,
+) -> tuple[tuple[LayerGroups, ...], RegroupReport]:
+    """The groups of all layers, from the work folder where they were found before."""
+    from edgeattn.calibration.work import read_state, save_state
+    from edgeattn.transforms.regroup import (
+        RegroupReport,
+        regroup_on_text,
+        stack_groups,
+        unstack_groups,
+    )
+
+    file = folder.path / _GROUPS
+    if (state := read_state(file, made_from)) is not None:
+        return unstack_groups(state[0]), RegroupReport(**state[1])
+    layers, report = regroup_on_text(model, windows, shape, progress=clock.count)
+    folder.begin()
+    save_state(file, stack_groups(layers), asdict(report), made_from)
+    return layers, report
+
+
+def _about(
+    before: ModelShape,
+    after: ModelShape,
+    layers: Sequence[LayerGroups],
+    report: RegroupReport,
+) -> dict[str, Any]:
+    """What the report says of regrouping."""
+    notes: dict[str, Any] = {
+        "heads": f"{before.num_heads} query and {before.num_kv_heads} KV heads became "
+        f"{after.num_heads} and {after.num_kv_heads}",
+        "perplexity before": report.before,
+        "aligned and ordered (exact)": report.aligned,
+        "KV heads averaged": report.averaged,
+    }
+    if report.fewer_heads is not None:
+        notes["query heads of least mean output left out"] = report.fewer_heads
+    if before.qk_norm:
+        notes["keys"] = "not aligned, as the norms behind their projections commute with no map"
+    lossy = after.num_kv_heads % before.num_kv_heads or after.num_heads < before.num_heads
+    notes["loss"] = (
+        "training is needed before this model is of use: --finetune-text pays a part of it back"
+        if lossy
+        else "none: KV heads are copies"
+    )
+    for index, layer in enumerate(layers):
+        copies = layer.members.numel() // before.num_kv_heads
+        groups = " | ".join(
+            " ".join(str(m // copies) for m in row) for row in layer.members.tolist()
+        )
+        notes[f"layer {index}"] = (
+            f"KV heads {groups}; averages lose {layer.key_loss:.0%} of the keys and "
+            f"{layer.value_loss:.0%} of the values"
+        )
+    return notes
+
+
+def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
+    """As many windows of the training text as the steps can use.
+
+    Raises:
+        RuntimeInputError: the text is too short.
+    """
+    from edgeattn.calibration.windows import token_ids, token_windows
+    from edgeattn.transforms.recover import STEP_TOKENS, WINDOW_LENGTH
+
+    assert recipe.finetune_text is not None
+    assert recipe.finetune_steps is not None
+    text, tokenizer = read_text(Path(recipe.finetune_text)), checkpoint.text.get(layout.TOKENIZER)
+    length = min(WINDOW_LENGTH, checkpoint.shape.max_context)
+    enough = len(token_ids(text, tokenizer)) // length
+    if enough < _FEWEST_WINDOWS:
+        raise RuntimeInputError(
+            expected=f"a training text of at least {_FEWEST_WINDOWS} windows of {length} tokens",
+            came=f"{recipe.finetune_text} is enough for {enough}",
+            todo="pass a longer text with --finetune-text",
+        )
+    used = recipe.finetune_steps * max(1, STEP_TOKENS // length) + _HELD_WINDOWS
+    return token_windows(
+        text,
+        tokenizer,
+        windows=min(enough, max(used, _FEWEST_WINDOWS)),
+        length=length,
+        vocab_size=checkpoint.shape.vocab_size,
+    )
+
+
+def _recovered(
+    model: Model,
+    merged: Model,
+    windows: Tensor,
+    recipe: Recipe,
+    folder: Any,
+    made_from: Mapping[str, Any],
+    clock: Clock,
+) -> tuple[Model, dict[str, Any]]:
+    import torch
+
+    from edgeattn.transforms.recover import LEARNING_RATE, recover
+
+    assert recipe.finetune_text is not None
+    assert recipe.finetune_steps is not None
+    clock.start("recovery training")
+    folder.begin()
+    trained, report = recover(
+        model,
+        merged,
+        windows,
+        steps=recipe.finetune_steps,
+        state_file=folder.path / _TRAINING,
+        made_from={**made_from, **made_before(recipe)},
+        learning_rate=recipe.finetune_lr or LEARNING_RATE,
+        progress=clock.count,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    return trained, {"text": Path(recipe.finetune_text).name, **report.to_dict()}

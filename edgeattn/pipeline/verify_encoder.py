@@ -1,0 +1,78 @@
+"""Proving an encoder's bundle again, here and now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeattn.bundle import bundle as layout
+from edgeattn.errors import UsageError
+from edgeattn.pipeline.clock import Clock, Progress
+from edgeattn.pipeline.export_encoder import encoder_tokens, transform_encoder
+from edgeattn.pipeline.proven import golden_file, require_source
+from edgeattn.pipeline.transform import require_export_extra
+from edgeattn.planner.lowering import Lowering
+
+if TYPE_CHECKING:
+    from edgeattn.bundle.bundle import Bundle
+    from edgeattn.verify.encoder_golden import EncoderGolden
+    from edgeattn.verify.verify import Verification
+
+
+def verify_encoder_bundle(
+    bundle: Bundle,
+    lowering: Lowering,
+    *,
+    backend: str,
+    checkpoint: str | Path | None,
+    offline: bool,
+    tensorrt: bool,
+    provider: str,
+    progress: Progress | None,
+) -> Verification:
+    """Proves a bundle again; see `edgeattn.pipeline.verify.verify_bundle` for the arguments."""
+    from edgeattn.verify.encoder import check_encoder
+
+    if backend != "onnxruntime":
+        raise UsageError(
+            expected="--backend onnxruntime for an encoder",
+            came=f"it is {backend}",
+            todo="leave --backend out",
+        )
+    golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
+    return check_encoder(
+        bundle.model_file,
+        golden,
+        lowering,
+        bundle.encoder_shape,
+        tensorrt=tensorrt,
+        provider=provider,
+        progress=progress,
+    )
+
+
+def _golden_of(
+    bundle: Bundle,
+    lowering: Lowering,
+    checkpoint: str | Path | None,
+    offline: bool,
+    progress: Progress | None,
+) -> EncoderGolden:
+    from edgeattn.verify.encoder_golden import EncoderGolden
+
+    if checkpoint is None:
+        return EncoderGolden.load(golden_file(bundle, layout.GOLDEN_ENCODER))
+    from edgeattn.models.encoder_checkpoint import open_encoder
+    from edgeattn.verify.encoder import record_encoder_golden
+
+    require_export_extra()
+    clock = Clock(progress)
+    opened = open_encoder(
+        checkpoint,
+        task=bundle.encoder_shape.task,
+        offline=offline,
+        progress=clock.staged("downloading"),
+    )
+    require_source(bundle, opened.identity, checkpoint)
+    model = transform_encoder(opened, lowering)
+    return record_encoder_golden(model, lowering, tokens=encoder_tokens(opened), progress=progress)

@@ -1,0 +1,208 @@
+"""Runs graphs that write their KV cache in place, in ONNX Runtime.
+
+Two kinds of graph do: those with GroupQueryAttention (lowering `kv_cache = "shared-buffer"`), and
+those with a static cache, which TensorScatter writes (`kv_cache = "static"`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeattn.runtime.kv_buffer import NUMPY_DTYPES, PAST, PRESENT, Buffer, Buffers, Prefix
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession
+
+TOKENS = ("input_ids", "position_ids")
+# Room beyond what GroupQueryAttention needs at once, and what capacities are multiples of.
+_ROOM, _ROUND = 64, 16
+# Slots that a static cache grows by.
+_BUCKET = 128
+
+
+class InPlaceRunner(ABC):
+    """Feeds a session and hands its cache on.
+
+    Args:
+        session: of a graph that writes its cache in place.
+        context: most places a row can need.
+        others: outputs to return beside the logits.
+    """
+
+    _committed = False
+
+    def __init__(self, session: InferenceSession, context: int, others: Sequence[str] = ()) -> None:
+        self._session, self._context, self._others = session, context, list(others)
+        self._buffers = Buffers(session, self._capacity_for, committed=self._committed)
+        self._logits = next(o for o in session.get_outputs() if o.name == "logits")
+
+    def run(
+        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+    ) -> tuple[dict[str, NDArray[Any]], Prefix]:
+        """One step.
+
+        Args:
+            feeds: input_ids and position_ids `[B, T]`, attention_mask `[B, P + T]`.
+            cache: what the step before returned, None for an empty one.
+
+        Returns:
+            The outputs by name, and the cache to go on with.
+        """
+        batch, length = feeds["input_ids"].shape
+        claimed = self._buffers.claim(cache, *feeds["attention_mask"].shape)
+        buffer = claimed.buffer
+        for name, array in self._places(feeds["attention_mask"], length, buffer.capacity).items():
+            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
+        for name in self._others:
+            buffer.binding.bind_output(name)
+        if length > 1:
+            self._bind_tokens(buffer, feeds)
+        elif buffer.step is None:
+            buffer.step = self._bind_step(buffer, batch)
+        if buffer.step is not None:
+            for name in TOKENS:
+                buffer.step[name][...] = feeds[name]
+        self._session.run_with_iobinding(buffer.binding)
+        return self._outputs(buffer), claimed
+
+    @abstractmethod
+    def _capacity_for(self, places: int) -> int:
+        """The capacity of a new buffer that must hold `places`."""
+
+    @abstractmethod
+    def _places(
+        self, mask: NDArray[np.int64], length: int, capacity: int
+    ) -> dict[str, NDArray[np.int64]]:
+        """The inputs that say where keys lie, for T = `length` new tokens.
+
+        Args:
+            mask: `[B, P + T]`.
+            length: T.
+            capacity: of the buffer.
+        """
+
+    def _bind_tokens(self, buffer: Buffer, feeds: Mapping[str, NDArray[np.int64]]) -> None:
+        """Binds tokens, and logits to memory of ONNX Runtime, which it uses again.
+
+        In fresh memory of ours each page would cost a fault, a tenth of a prefill.
+        """
+        buffer.step = None
+        for name in TOKENS:
+            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+        buffer.binding.bind_output("logits")
+
+    def _bind_step(self, buffer: Buffer, batch: int) -> dict[str, NDArray[Any]]:
+        """Binds arrays that all decode steps fill and read."""
+        from onnxruntime import OrtValue
+
+        step: dict[str, NDArray[Any]] = {name: np.zeros((batch, 1), np.int64) for name in TOKENS}
+        for name, array in step.items():
+            buffer.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        size = (batch, 1, self._logits.shape[2])
+        step["logits"] = np.zeros(size, NUMPY_DTYPES[self._logits.type])
+        value = OrtValue.ortvalue_from_numpy(step["logits"])
+        buffer.binding.bind_ortvalue_output("logits", value)
+        return step
+
+    def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
+        names = self._others if buffer.step else [*self._others, "logits"]
+        outputs = {}
+        if names:
+            # They come in the order they were bound first: the cache, the others, the logits.
+            values = buffer.binding.get_outputs_as_ortvaluevector()
+            for place, name in enumerate(names, start=len(buffer.arrays)):
+                outputs[name] = np.from_dlpack(values[place])
+        if buffer.step:
+            outputs["logits"] = buffer.step["logits"].copy()
+        return outputs
+
+
+class GroupQueryRunner(InPlaceRunner):
+    """For a graph with GroupQueryAttention, whose rows' valid keys lie at the front."""
+
+    def run(
+        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+    ) -> tuple[dict[str, NDArray[Any]], Prefix]:
+        """As `InPlaceRunner.run`.
+
+        Several rows that have a past take their tokens one by one, as the operator demands.
+        """
+        batch, length = feeds["input_ids"].shape
+        if cache is None or batch == 1 or length == 1:
+            return super().run(feeds, cache)
+        steps = []
+        for i in range(length):
+            new, seen = slice(i, i + 1), cache.places + 1
+            one = {name: feeds[name][:, new] for name in TOKENS}
+            one["attention_mask"] = feeds["attention_mask"][:, :seen]
+            outputs, cache = super().run(one, cache)
+            steps.append(outputs)
+        joined = {name: np.concatenate([s[name] for s in steps], axis=1) for name in steps[0]}
+        return joined, cache
+
+    def _capacity_for(self, places: int) -> int:
+        """Room to grow by half, so that copying stays a small part.
+
+        Not by doubling: heads that lie a power of two apart compete for the same cache lines.
+        """
+        roomy = -(-(places * 3 // 2 + _ROOM) // _ROUND) * _ROUND
+        return max(places, min(roomy, self._context))
+
+    def _places(
+        self, mask: NDArray[np.int64], length: int, capacity: int
+    ) -> dict[str, NDArray[np.int64]]:
+        if mask.shape[1] > length and not mask[:, -1].all():
+            # A row without a new token gets one all the same, behind its last: the row's next
+            # token overwrites it. Otherwise it would overwrite the last.
+            mask = mask.copy()
+            mask[:, -1] = 1
+        return {"attention_mask": mask}
+
+
+class StaticCacheRunner(InPlaceRunner):
+    """For a graph with a static cache, of a capacity that `free_capacity` made a symbol.
+
+    ONNX Runtime's attention reads every slot, valid or not, so that a step costs what the capacity
+    costs: buffers are as large as the text needs, in steps of `_BUCKET`, up to the context. Their
+    memory is taken at once: no step in between takes more.
+    """
+
+    _committed = True
+
+    def _capacity_for(self, places: int) -> int:
+        return max(places, min(-(-places // _BUCKET) * _BUCKET, self._context))
+
+    def _places(
+        self, mask: NDArray[np.int64], length: int, capacity: int
+    ) -> dict[str, NDArray[np.int64]]:
+        batch, places = mask.shape
+        slots = np.zeros((batch, capacity), np.int64)
+        slots[:, :places] = mask
+        begin = np.full(batch, places - length, np.int64)
+        return {"attention_mask": slots, "write_indices": begin}
+
+
+def runner_for(kv_cache: object) -> type[InPlaceRunner] | None:
+    """What runs a graph of this cache (`Lowering.kv_cache`) in place, None where nothing does."""
+    if kv_cache == "static":
+        return StaticCacheRunner
+    return GroupQueryRunner if kv_cache == "shared-buffer" else None
+
+
+def free_capacity(proto: ModelProto) -> None:
+    """Makes the capacity of a static cache a symbol, so that a buffer may have any.
+
+    Only inputs and outputs name the number; inside, the graph reads it from them.
+    """
+    for value in (*proto.graph.input, *proto.graph.output):
+        dimensions = value.type.tensor_type.shape.dim
+        if value.name == "attention_mask":
+            dimensions[1].dim_param = "capacity"
+        elif value.name.startswith((PAST, PRESENT)):
+            dimensions[2].dim_param = "capacity"

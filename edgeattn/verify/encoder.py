@@ -1,0 +1,236 @@
+"""The proof of an encoder's bundle; `edgeattn.verify.verify` has the decoder's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeattn.encoder_shape import EncoderShape
+from edgeattn.planner.lowering import Lowering
+from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
+from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
+from edgeattn.verify.drive import Tensors
+from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases
+from edgeattn.verify.failures import overflow_error
+from edgeattn.verify.ort_backend import rewritten
+from edgeattn.verify.tolerance import plain_dtypes, plain_runs
+from edgeattn.verify.verify import Progress, Verification, with_tensorrt
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeattn.models.attention import OperatorForm
+    from edgeattn.models.encoder_model import EncoderModel
+
+
+def record_encoder_golden(
+    model: EncoderModel,
+    lowering: Lowering,
+    *,
+    tokens: Sequence[int] | None,
+    progress: Progress | None = None,
+) -> EncoderGolden:
+    """Runs the torch encoder of the recipe: the reference, and plain low precision beside it.
+
+    Args:
+        model: quantised as the recipe says.
+        lowering: dtype and spelling.
+        tokens: ids of a text to run, None for random ones.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ProofError: the model overflows the bundle's dtype, so that nothing could be compared.
+    """
+    from edgeattn.models.model import TORCH_DTYPES
+    from edgeattn.verify.reference import REFERENCE_DTYPES
+
+    context = lowering.context or model.shape.max_context
+    cases = encoder_cases(model.shape, context, tokens)
+    expected = _run_torch(model, lowering, cases, REFERENCE_DTYPES[lowering.dtype])
+    golden = EncoderGolden(cases, expected, {})
+    overflow = ""
+    for dtype in plain_dtypes(lowering):
+        plain = plain_runs(lowering, dtype)
+        if progress:
+            progress("torch", 1, 1 + len(plain))
+        runs = [
+            _run_torch(model, lowering, cases, TORCH_DTYPES[run.dtype], run.form) for run in plain
+        ]
+        found = [golden.errors(run, rounds=lowering.decides_at_run_time) for run in runs]
+        largest = {name: max(run[name] for run in found) for name in found[0]}
+        overflow = next((n for n, error in largest.items() if not math.isfinite(error)), "")
+        if not overflow:
+            if model.shape.task == "classification":
+                largest[KL] = max(distribution_agreement(run, expected)[1] for run in runs)
+            return replace(golden, low_precision_error=largest)
+    raise overflow_error(lowering.dtype, overflow)
+
+
+def prove_encoder(
+    model: EncoderModel,
+    lowering: Lowering,
+    model_file: Path,
+    golden_file: Path,
+    *,
+    tokens: Sequence[int] | None,
+    progress: Progress | None = None,
+) -> Verification:
+    """The whole proof of a fresh export; its golden vectors are written for later ones.
+
+    Args:
+        model: quantised as the recipe says.
+        lowering: what was decided.
+        model_file: the exported graph, its weights beside it.
+        golden_file: where the golden vectors go.
+        tokens: ids of a text to run, None for random ones.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ProofError: ONNX Runtime disagrees with torch, or TensorRT refuses the graph.
+    """
+    golden = record_encoder_golden(model, lowering, tokens=tokens, progress=progress)
+    golden.save(golden_file)
+    verification = check_encoder(model_file, golden, lowering, model.shape, progress=progress)
+    verification.raise_if_failed()
+    return verification
+
+
+def check_encoder(
+    model_file: Path,
+    golden: EncoderGolden,
+    lowering: Lowering,
+    shape: EncoderShape,
+    *,
+    tensorrt: bool = True,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares a graph with golden vectors; where they agree, TensorRT-RTX parses and builds it.
+
+    Args:
+        model_file: the graph, its weights beside it.
+        golden: what it must reproduce.
+        lowering: what was decided when it was exported.
+        shape: of the encoder.
+        tensorrt: whether to ask TensorRT-RTX, where the target has a TensorRT.
+        provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
+        progress: called with (stage, done, total).
+    """
+    agreement = _check_onnxruntime(model_file, golden, lowering, shape, provider, progress)
+    if not tensorrt:
+        return Verification((agreement,), None)
+    return with_tensorrt(agreement, model_file, lowering, shape, None, progress)
+
+
+def _check_onnxruntime(
+    model_file: Path,
+    golden: EncoderGolden,
+    lowering: Lowering,
+    shape: EncoderShape,
+    provider: str,
+    progress: Progress | None,
+) -> Agreement:
+    """The bundle's own file; run again with the residual stream where the first error is sought."""
+    backend = EncoderBackend(model_file, lowering, provider=provider)
+    agreement = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    if agreement.passed:
+        return agreement
+    backend = EncoderBackend(model_file, lowering, hidden=True, provider=provider)
+    detailed = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    place = locate(detailed.comparisons, shape.num_layers, last="what follows the last layer")
+    return replace(detailed, first_bad=place)
+
+
+class EncoderBackend:
+    """An encoder's model.onnx in ONNX Runtime; on a CPU a bf16 graph is widened (`OrtBackend`).
+
+    Args:
+        model: model.onnx; its weights lie beside it.
+        lowering: dtype of the bundle.
+        hidden: also give the residual stream after each layer as outputs. The file stays as it is.
+        provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
+    """
+
+    def __init__(
+        self, model: Path, lowering: Lowering, *, hidden: bool = False, provider: str = "cpu"
+    ) -> None:
+        widen = lowering.dtype == "bf16" and provider == "cpu"
+        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
+        self.name += f" (provider {provider})" if provider != "cpu" else ""
+        source: Path | bytes = model
+        if hidden or widen:
+            proto = rewritten(model, hidden=hidden, expose=(), widen=widen)
+            source = proto.SerializeToString()
+        self._session = open_onnxruntime(
+            source, weights_dir=model.parent, exact=True, provider=provider
+        )
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._dtypes = {value.name: _NUMPY[value.type] for value in self._session.get_inputs()}
+
+    def run(
+        self, inputs: Mapping[str, npt.NDArray[np.generic]]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """All outputs, by name, in fp32."""
+        feeds = {name: value.astype(self._dtypes[name]) for name, value in inputs.items()}
+        found = self._session.run(self._outputs, feeds)
+        return {n: v.astype(np.float32) for n, v in zip(self._outputs, found, strict=True)}
+
+
+# Of the graph's inputs, by what ONNX Runtime calls them.
+_NUMPY: Mapping[str, npt.DTypeLike] = {
+    "tensor(int64)": np.int64,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+
+
+def _run(
+    backend: EncoderBackend, cases: Sequence[EncoderCase], progress: Progress | None
+) -> Tensors:
+    found: Tensors = {}
+    for done, case in enumerate(cases, start=1):
+        for name, value in backend.run(case.inputs).items():
+            found[f"{case.name}.{name}"] = case.kept(value)
+        if progress:
+            progress("ONNX Runtime", done, len(cases))
+    return found
+
+
+def _run_torch(
+    model: EncoderModel,
+    lowering: Lowering,
+    cases: Sequence[EncoderCase],
+    dtype: torch.dtype,
+    form: OperatorForm | None = None,
+) -> Tensors:
+    """The encoder in one precision; weights are rounded to the bundle's dtype first."""
+    import torch
+
+    from edgeattn.models.encoder_model import load_encoder
+    from edgeattn.models.model import TORCH_DTYPES
+
+    own: OperatorForm = "primitive" if lowering.attention == "primitive" else "standard"
+    encoder = load_encoder(
+        model,
+        weight_dtype=TORCH_DTYPES[lowering.dtype],
+        compute_dtype=dtype,
+        form=form or own,
+    )
+    found: Tensors = {}
+    for case in cases:
+        values = [torch.from_numpy(case.inputs[name]) for name in model.shape.input.names]
+        if values[0].is_floating_point():
+            # As the graph reads them.
+            values[0] = values[0].to(TORCH_DTYPES[lowering.dtype]).to(dtype)
+        with torch.inference_mode():
+            output = encoder(*values)
+        states = {f"hidden.{i}": state for i, state in enumerate(output.hidden)}
+        for name, tensor in {**states, model.shape.output: output.output}.items():
+            found[f"{case.name}.{name}"] = case.kept(tensor.float().numpy())
+    return found

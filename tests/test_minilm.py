@@ -1,0 +1,58 @@
+"""all-MiniLM-L6-v2: exported, it embeds as transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+
+from edgeattn.pipeline import export
+from edgeattn.recipe import Recipe
+from edgeattn.runtime import EncoderSession
+
+TEXTS = [
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife.",
+    "A cat sat on the mat.",
+    "A kitten rests on a rug.",
+    "x",
+]
+
+
+def reference(path: Path) -> np.ndarray:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path).eval()
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    weights = batch["attention_mask"].unsqueeze(-1).float()
+    pooled = (states * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(pooled, dim=1).numpy()
+
+
+def test_it_embeds_as_transformers_does(minilm: Path, tmp_path: Path) -> None:
+    report = export(minilm, Recipe("cpu"), tmp_path / "bundle")
+    assert report.verification is not None
+    assert report.verification.passed
+    found = EncoderSession.open(tmp_path / "bundle").embed(TEXTS)
+    np.testing.assert_allclose(found, reference(minilm), rtol=0, atol=1e-5)
+    # the two cats are nearer to each other than to anything else
+    likeness = found @ found.T
+    assert likeness[1, 2] > 0.5 > max(likeness[1, 0], likeness[1, 3], likeness[2, 0])
+
+
+@pytest.mark.parametrize(("quant", "least"), [("w8-rtn", 0.998), ("w4-rtn", 0.9)])
+def test_rounded_weights_turn_its_vectors_little(
+    minilm: Path, tmp_path: Path, quant: str, least: float
+) -> None:
+    export(minilm, Recipe("cpu", quant=quant), tmp_path / "bundle")
+    found = EncoderSession.open(tmp_path / "bundle", exact=True).embed(TEXTS)
+    cosines = (found * reference(minilm)).sum(axis=1)
+    assert least < cosines.min() < 0.99999
