@@ -19,7 +19,7 @@ def read_images(file: Path, read: PatchInput) -> npt.NDArray[np.float32]:
         read: the images that the model reads.
 
     Raises:
-        RuntimeInputError: it cannot be read, holds no such array, or other numbers than finite ones.
+        RuntimeInputError: it cannot be read, or holds no such array or numbers that are not finite.
     """
     wanted = (read.channels, read.height, read.width)
     sizes = f"an array [N, {', '.join(map(str, wanted))}] of floats in {file}"
