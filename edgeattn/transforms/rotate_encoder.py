@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgeattn.encoder_shape import QKV, EncoderShape
 from edgeattn.errors import ProofError
+from edgeattn.models.encoder import EncoderOutput
 from edgeattn.models.encoder_model import EncoderModel, load_encoder
 from edgeattn.models.model import ModelWeights
 from edgeattn.quant.activation import LinearInput
@@ -122,12 +123,13 @@ def check_encoder_equivalence(
 
 
 def _final_states(model: EncoderModel, values: Tensor) -> Tensor:
-    options = {"weight_dtype": torch.float32, "compute_dtype": torch.float32}
     inputs = model.shape.input.names
     # Without padding.
     mask = torch.ones_like(values) if "attention_mask" in inputs else None
     types = torch.zeros_like(values) if "token_type_ids" in inputs else None
-    return load_encoder(model, **options)(values, mask, types).hidden[-1]
+    encoder = load_encoder(model, weight_dtype=torch.float32, compute_dtype=torch.float32)
+    output: EncoderOutput = encoder(values, mask, types)
+    return output.hidden[-1]
 
 
 @dataclass(frozen=True)
