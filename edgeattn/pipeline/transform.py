@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
+from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
 from edgeattn.pipeline.regroup import made_before, with_regrouped_heads
@@ -104,7 +105,7 @@ def require_inputs(recipe: Recipe) -> None:
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
     for text in (calibration, recipe.finetune_text, recipe.eval_text):
-        if text is not None:
+        if text is not None and Path(text).suffix != IMAGES:  # known to fit once the model is
             read_text(Path(text))
 
 
