@@ -126,6 +126,13 @@ class Recipe:
         variants = any(request.needs_calibration for request in self.attention_requests)
         return self.scheme.needs_calibration or variants
 
+    @property
+    def calibrated_part(self) -> str:
+        """What is calibrated, where something is: the scheme, else an attention variant."""
+        if self.scheme.needs_calibration:
+            return f"scheme {self.scheme.name}"
+        return next(r.label for r in self.attention_requests if r.needs_calibration)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values without the fields that say nothing."""
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}

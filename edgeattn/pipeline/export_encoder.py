@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.encoder_shape import EncoderShape, TokenInput
 from edgeattn.errors import UsageError
+from edgeattn.pipeline.calibrated_encoder import quantize_encoder_on_text
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
 from edgeattn.pipeline.device_script import write_device_script
 from edgeattn.pipeline.export_report import ExportPlan, ExportReport, fitting, free_bytes
@@ -21,6 +22,7 @@ from edgeattn.pipeline.records import (
     write_report,
 )
 from edgeattn.pipeline.transform import require_export_extra
+from edgeattn.pipeline.work import open_work
 from edgeattn.planner.encoder_estimate import estimate_encoder
 from edgeattn.planner.encoder_lowering import fit_encoder_lowering
 from edgeattn.planner.lowering import Lowering, plan_lowering
@@ -40,7 +42,7 @@ def plan_encoder_export(
     target = parse_target(recipe.target)
     lowering = _lowering(recipe, target)
     shape = read_encoder_shape(model, task=recipe.task, offline=offline)
-    return _plan(lowering, shape, target, output, verify)
+    return _plan(recipe, lowering, shape, target, output, verify)
 
 
 def export_encoder(
@@ -65,7 +67,8 @@ def export_encoder(
         progress: called with (stage, done, total).
 
     Raises:
-        EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind.
+        EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; layers that
+            were finished on a calibration text wait beside it, and the error notes where.
     """
     from edgeattn.models.encoder_checkpoint import open_encoder, read_encoder_shape
 
@@ -73,14 +76,18 @@ def export_encoder(
     lowering = _lowering(recipe, target)
     require_export_extra()
     clock = Clock(progress)
-    with rare_collections(), open_writer(output, force=force) as writer:
+    with (
+        rare_collections(),
+        open_writer(output, force=force) as writer,
+        open_work(output, needed=recipe.needs_calibration) as work,
+    ):
         clock.start("reading the checkpoint")
         shape = read_encoder_shape(model, task=recipe.task, offline=offline)
-        fitted = fitting(_plan(lowering, shape, target, output, verify), output)
+        fitted = fitting(_plan(recipe, lowering, shape, target, output, verify), output)
         checkpoint = open_encoder(
             model, task=recipe.task, offline=offline, progress=clock.staged("downloading")
         )
-        return _export(checkpoint, recipe, target, fitted, writer, output, verify, clock)
+        return _export(checkpoint, recipe, target, fitted, writer, output, work, verify, clock)
 
 
 def refuse_task(recipe: Recipe) -> None:
@@ -97,14 +104,29 @@ def refuse_task(recipe: Recipe) -> None:
         )
 
 
-def transform_encoder(checkpoint: EncoderCheckpoint, lowering: Lowering) -> EncoderModel:
-    """Applies the transforms of a recipe: so far the scheme's rounding."""
+def transform_encoder(
+    checkpoint: EncoderCheckpoint, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
+) -> tuple[EncoderModel, dict[str, Any]]:
+    """Applies the transforms of a recipe: the scheme's rotation and rounding.
+
+    Args:
+        checkpoint: where the weights are.
+        recipe: names the calibration text or images, where the scheme uses some.
+        lowering: scheme and dtype.
+        work: folder for finished layers of such a scheme, an earlier run's among them.
+        clock: for the stages that take long.
+
+    Returns:
+        The model, and what each transform reports, JSON-ready, by name.
+    """
     from edgeattn.models.encoder_model import encoder_of
     from edgeattn.models.model import TORCH_DTYPES
     from edgeattn.transforms.quantize import quantize
 
     model = encoder_of(checkpoint.shape, checkpoint.weights)
-    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
+    if lowering.scheme.needs_calibration:
+        return quantize_encoder_on_text(checkpoint, model, recipe, lowering, work, clock)
+    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype]), {}
 
 
 def encoder_tokens(checkpoint: EncoderCheckpoint) -> list[int] | None:
@@ -129,13 +151,24 @@ def _lowering(recipe: Recipe, target: Target) -> Lowering:
 
 
 def _plan(
-    lowering: Lowering, shape: EncoderShape, target: Target, output: Path, verify: bool
+    recipe: Recipe,
+    lowering: Lowering,
+    shape: EncoderShape,
+    target: Target,
+    output: Path,
+    verify: bool,
 ) -> ExportPlan:
     from edgeattn.engine.flavours import TENSORRT_RTX
 
     lowering = fit_encoder_lowering(lowering, shape, target)
     available = TENSORRT_RTX.is_available()
-    expected = estimate_encoder(shape, lowering, verify=verify, tensorrt=available)
+    expected = estimate_encoder(
+        shape,
+        lowering,
+        verify=verify,
+        tensorrt=available,
+        calibration_windows=recipe.calibration_windows,
+    )
     return ExportPlan(lowering, expected, free_bytes(output))
 
 
@@ -146,6 +179,7 @@ def _export(
     lowering: Lowering,
     writer: BundleWriter,
     output: Path,
+    work: Path,
     verify: bool,
     clock: Clock,
 ) -> ExportReport:
@@ -154,7 +188,7 @@ def _export(
     from edgeattn.verify.encoder import prove_encoder
 
     tokens = encoder_tokens(checkpoint)
-    model = transform_encoder(checkpoint, lowering)
+    model, notes = transform_encoder(checkpoint, recipe, lowering, work, clock)
     clock.start("writing the graph")
     model_file = writer.path / layout.MODEL
     weights_file = writer.path / layout.WEIGHTS
@@ -177,7 +211,7 @@ def _export(
         graph,
         verification,
         None,
-        {},
+        notes,
         clock.seconds,
         layers=layer_records(model, encoder_parameters(model.shape), lowering.dtype),
         sizes=bundle_sizes(checkpoint, lowering, model.shape, graph.weight_bytes, model_file, None),

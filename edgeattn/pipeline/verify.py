@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import BundleError, UsageError, unknown_name
 from edgeattn.pipeline.clock import Clock, Progress
-from edgeattn.pipeline.proven import golden_file, require_source
-from edgeattn.pipeline.transform import (
-    calibrated_part,
-    proof_tokens,
-    require_export_extra,
-    transform,
-)
+from edgeattn.pipeline.proven import golden_file, require_source, require_uncalibrated
+from edgeattn.pipeline.transform import proof_tokens, require_export_extra, transform
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
 
@@ -166,12 +161,7 @@ def _golden_of(
     from edgeattn.models.hub import open_model
 
     recipe = Recipe.from_dict(bundle.manifest.recipe)
-    if recipe.needs_calibration:
-        raise UsageError(
-            expected="a bundle whose weights follow from the checkpoint alone",
-            came=f"{calibrated_part(recipe)} chose some on a calibration text",
-            todo="verify it without --checkpoint, against the golden vectors in the bundle",
-        )
+    require_uncalibrated(recipe)
     require_export_extra()
     clock = Clock(progress)
     opened = open_model(checkpoint, offline=offline, progress=clock.staged("downloading"))

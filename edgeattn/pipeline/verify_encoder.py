@@ -9,9 +9,10 @@ from edgeattn.bundle import bundle as layout
 from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.export_encoder import encoder_tokens, transform_encoder
-from edgeattn.pipeline.proven import golden_file, require_source
+from edgeattn.pipeline.proven import golden_file, require_source, require_uncalibrated
 from edgeattn.pipeline.transform import require_export_extra
 from edgeattn.planner.lowering import Lowering
+from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
@@ -65,6 +66,8 @@ def _golden_of(
     from edgeattn.models.encoder_checkpoint import open_encoder
     from edgeattn.verify.encoder import record_encoder_golden
 
+    recipe = Recipe.from_dict(bundle.manifest.recipe)
+    require_uncalibrated(recipe)
     require_export_extra()
     clock = Clock(progress)
     opened = open_encoder(
@@ -74,5 +77,5 @@ def _golden_of(
         progress=clock.staged("downloading"),
     )
     require_source(bundle, opened.identity, checkpoint)
-    model = transform_encoder(opened, lowering)
+    model, _ = transform_encoder(opened, recipe, lowering, bundle.path, clock)
     return record_encoder_golden(model, lowering, tokens=encoder_tokens(opened), progress=progress)

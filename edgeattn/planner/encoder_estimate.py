@@ -8,6 +8,12 @@ and a ViT-S/14 (12 layers, from its ONNX file): peaks of 684 MB for cpu, and of 
 from __future__ import annotations
 
 from edgeattn.encoder_shape import EncoderShape, TokenInput
+from edgeattn.planner.calibration import (
+    calibration_bytes,
+    calibration_seconds,
+    window_length,
+    work_bytes,
+)
 from edgeattn.planner.estimate import Estimate
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import DTYPE_BYTES, matrix_bytes
@@ -47,6 +53,7 @@ def estimate_encoder(
     *,
     verify: bool = True,
     tensorrt: bool = False,
+    calibration_windows: int = 0,
 ) -> Estimate:
     """What exporting an encoder of `shape` takes.
 
@@ -55,6 +62,7 @@ def estimate_encoder(
         lowering: what was decided (`fit_encoder_lowering`).
         verify: whether the bundle is proven.
         tensorrt: whether TensorRT-RTX is there to build it.
+        calibration_windows: of the text, or images, for a scheme that needs some.
     """
     weights = encoder_weight_bytes(shape, lowering)
     linear = lowering.scheme.linear
@@ -63,18 +71,22 @@ def estimate_encoder(
     graph = shape.num_layers * block
     is_text = isinstance(shape.input, TokenInput)
     tokens = _PROOF_TOKENS if is_text else _PROOF_IMAGES * shape.max_context
+    work = work_bytes(shape, lowering.scheme, DTYPE_BYTES[lowering.dtype])
     golden = tokens * (shape.num_layers + 2) * shape.hidden_size * 4
+    scheme, text = lowering.scheme, (calibration_windows, window_length(shape, lowering.context))
     memory = _BASE_MEMORY + _BYTES_PER_WEIGHT * shape.num_parameters
+    memory += calibration_bytes(shape, scheme, *text)
     seconds = {"start": _START_S, "trace": _TRACE_S, "weights": weights / _WRITTEN_BYTES_PER_S}
     if verify:
         seconds["torch reference"] = shape.num_parameters / _REFERENCE_PER_S
         seconds["ONNX Runtime"] = shape.num_parameters / _ONNXRUNTIME_PER_S
+    seconds.update(calibration_seconds(shape, scheme, *text))
     if verify and tensorrt and lowering.rtx_sm is not None:
         seconds["TensorRT-RTX"] = _RTX_START_S + _RTX_BLOCK_S * shape.num_layers
     return Estimate(
         weight_bytes=weights,
         graph_bytes=graph,
-        disk_bytes=weights + graph + _SMALL_BYTES + (golden if verify else 0),
+        disk_bytes=weights + graph + _SMALL_BYTES + (golden if verify else 0) + work,
         memory_bytes=int(memory),
         cache_bytes_per_token=0,
         cache_bytes=0,
