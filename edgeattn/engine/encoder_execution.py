@@ -1,4 +1,4 @@
-"""Runs an engine of an encoder in TensorRT on this machine's GPU: all inputs in, all outputs out."""
+"""Runs an engine of an encoder in TensorRT on this machine's GPU: inputs in, outputs out."""
 
 from __future__ import annotations
 
