@@ -179,17 +179,19 @@ class LoadedEngine:
         return self._to_float32(name, array)
 
     def _as_input(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        if self._dtypes[name] is not np.uint16:
-            return array.astype(self._dtypes[name], copy=False)
-        bits = array.astype(np.float32).view(
-            np.uint32
-        )  # bf16: rounded to the nearest, ties to even
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        dtype = self._dtypes[name]
+        return to_bf16(array) if dtype is np.uint16 else array.astype(dtype, copy=False)
 
     def _to_float32(self, name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
         if self._dtypes[name] is np.uint16:  # bf16 is the upper half of an fp32
             return (array.astype(np.uint32) << 16).view(np.float32)
         return array.astype(np.float32)
+
+
+def to_bf16(array: NDArray[np.generic]) -> NDArray[np.uint16]:
+    """Bits of the nearest numbers in bf16, ties to even; for finite numbers."""
+    bits = array.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _within(shape: Shape, low: Shape, usual: Shape, high: Shape) -> bool:

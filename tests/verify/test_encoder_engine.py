@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import torch
 from encoders import save_encoder
 from fake_engine import GPU, edgeattn_there, write_engine
 
+from edgeattn.engine.loaded import to_bf16
 from edgeattn.engine.profiles import EncoderProfile, Range
 from edgeattn.pipeline import export
 from edgeattn.recipe import Recipe
@@ -101,12 +104,19 @@ def test_rows_it_was_not_built_for_are_left_out_and_said(
 def test_pixels_are_rounded_to_bf16_as_the_engine_reads_them(
     bundle: Callable[..., Path], fake_cuda: Path
 ) -> None:
-    """Of an fp32 graph; bits taken for numbers, or cut off, would err by far more."""
+    """Of an fp32 graph; whole numbers for pixels would err by far more."""
     path = bundle("vit", "jetson-orin@jetpack6.2")
     write_engine(path, profile("vit"), bf16=True)
     found = json.loads(verify(fake_cuda, path, "--json").stdout)
     worst = max(row["error"] for row in found["agreements"][0]["comparisons"])
     assert 1e-4 < worst < 0.01
+
+
+def test_bf16_is_that_of_torch() -> None:
+    numbers = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    numbers[:3] = 1 + 2**-8, 1 + 3 * 2**-8, -0.0  # two ties, to even
+    expected = torch.from_numpy(numbers).to(torch.bfloat16).view(torch.int16).numpy()
+    assert np.array_equal(to_bf16(numbers), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
