@@ -28,6 +28,8 @@ _RTX_START_S, _RTX_BLOCK_S = 0.6, 0.28
 # What building an engine takes beside its base: copies of the weights, and bytes per block. Of both
 # models in fp16, w8-rtn and w4-rtn, 336 to 434 MB were measured, at most 5 % less than this.
 _BUILT_COPIES, _BUILT_BLOCK_BYTES = 2.5, 7_000_000
+# Tensors of an MLP that are alive together: before and behind its activation, or as a decoder's.
+_MLP_TENSORS, _GATED_TENSORS = 2, 4
 
 
 def encoder_weight_bytes(shape: EncoderShape, lowering: Lowering) -> int:
@@ -50,6 +52,34 @@ def build_bytes(shape: AnyShape, lowering: Lowering) -> int:
         return tensorrt_build_bytes(shape, lowering)
     weights = encoder_weight_bytes(shape, lowering)
     return int(RTX_BASE_MEMORY + _BUILT_COPIES * weights + _BUILT_BLOCK_BYTES * shape.num_layers)
+
+
+def encoder_activation_bytes(shape: EncoderShape, lowering: Lowering) -> int:
+    """Bytes per token of the tensors that are alive together, at the step of a block that has most.
+
+    As `edgeattn.planner.fit` counts a decoder's: beside the residual stream these are the MLP's, or
+    what attention reads, or fp32 scores of attention that is spelled out, and its values.
+    """
+    wide = DTYPE_BYTES[lowering.dtype]
+    always = shape.hidden_size + sum(rope.dim for rope in shape.ropes)
+    mlp = (_GATED_TENSORS if shape.gated else _MLP_TENSORS) * shape.intermediate_size
+    heads = 2 * (shape.q_size + shape.kv_size)  # one of q, k and v is being transposed
+    scores = 0
+    if lowering.attention == "primitive":
+        context = lowering.context or shape.max_context
+        scores = 2 * 4 * shape.num_heads * context + shape.q_size * wide
+    return always * wide + max(mlp * wide, heads * wide, scores)
+
+
+def encoder_output_bytes(shape: EncoderShape, lowering: Lowering) -> int:
+    """Bytes of a row of what the graph gives."""
+    context = lowering.context or shape.max_context
+    numbers = {
+        "hidden": context * shape.hidden_size,
+        "embedding": shape.hidden_size,
+        "classification": shape.num_labels,
+    }
+    return numbers[shape.task] * DTYPE_BYTES[lowering.dtype]
 
 
 def estimate_encoder(
