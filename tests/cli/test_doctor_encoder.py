@@ -96,7 +96,7 @@ def test_a_checkpoint(exported: Exported, edgeattn: Callable[..., Any], name: st
         (["plan"], "is an encoder: use edgeattn export or edgeattn doctor"),
         (["quantize", "--quant", "w8-rtn", "--output"], "is an encoder: use edgeattn export"),
         (
-            ["calibrate", "--attention", "fft-rope", "--output"],
+            ["calibrate", "--attention", "fft-rope", "--text", __file__, "--output"],
             "is an encoder: use edgeattn export",
         ),
     ],
