@@ -96,6 +96,14 @@ def test_the_price_is_told(exported: Callable[..., Path]) -> None:
     assert report["quality"]["increase"] > 0.01
 
 
+def test_a_checkpoint_alone_cannot_make_it_again(
+    exported: Callable[..., Path], stories260k: Path, edgeattn: Callable[..., Any]
+) -> None:
+    done = edgeattn("verify", exported(), "--checkpoint", stories260k)
+    assert done.exit_code == 2
+    assert "gqa:kv_heads=2 chose some on a calibration text" in done.stderr
+
+
 def test_copies_cost_nothing(exported: Callable[..., Path]) -> None:
     report = report_of(exported(attention=("gqa:kv_heads=8",)))
     assert report["transforms"]["regrouped heads"]["loss"].startswith("none")

@@ -9,7 +9,12 @@ from edgeattn.bundle import bundle as layout
 from edgeattn.errors import BundleError, UsageError, unknown_name
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.proven import golden_file, require_source
-from edgeattn.pipeline.transform import proof_tokens, require_export_extra, transform
+from edgeattn.pipeline.transform import (
+    calibrated_part,
+    proof_tokens,
+    require_export_extra,
+    transform,
+)
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
 
@@ -165,10 +170,9 @@ def _golden_of(
 
     recipe = Recipe.from_dict(bundle.manifest.recipe)
     if recipe.needs_calibration:
-        chosen = lowering.scheme.label if lowering.scheme.needs_calibration else lowering.variant
         raise UsageError(
             expected="a bundle whose weights follow from the checkpoint alone",
-            came=f"{chosen} chose some on a calibration text",
+            came=f"{calibrated_part(recipe)} chose some on a calibration text",
             todo="verify it without --checkpoint, against the golden vectors in the bundle",
         )
     require_export_extra()
