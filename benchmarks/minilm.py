@@ -1,6 +1,6 @@
-"""Sentence embeddings of exported bundles in ONNX Runtime: what each scheme costs in quality.
+r"""Sentence embeddings of exported bundles in ONNX Runtime: what each scheme costs in quality.
 
-    python benchmarks/minilm.py --model all-MiniLM-L6-v2 --text pride_and_prejudice.txt \\
+    python benchmarks/minilm.py --model all-MiniLM-L6-v2 --text pride_and_prejudice.txt \
         --calibration emma.txt [--schemes w8a8 w8a8-spinquant]
 
 Protocol: skip 2,000 characters; of the paragraphs of at least 200 characters the first 200 are

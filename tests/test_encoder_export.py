@@ -122,7 +122,7 @@ def test_it_is_verified_again_with_and_without_the_checkpoint(
     save_encoder("bert-relu", tmp_path / "other")
     with pytest.raises(BundleError, match="is another one"):
         verify_bundle(bundle, checkpoint=tmp_path / "other")
-    with pytest.raises(EdgeattnError, match="--backend onnxruntime"):
+    with pytest.raises(BundleError, match="an engine in"):
         verify_bundle(bundle, backend="tensorrt")
 
 
