@@ -82,12 +82,13 @@ def main() -> None:
         export(arguments.model, Recipe("cpu"), Path(folder) / "none")
         exact = embeddings(Path(folder) / "none", texts)
         for number, scheme in enumerate(arguments.schemes):
-            calibrated = parse_scheme(scheme).needs_calibration
-            calibration = str(arguments.calibration) if calibrated else None
+            calibration = {
+                "calibration": str(arguments.calibration),
+                "calibration_windows": arguments.windows,
+            }
+            asked = calibration if parse_scheme(scheme).needs_calibration else {}
             bundle = Path(folder) / str(number)
-            report = export(
-                arguments.model, Recipe("cpu", None, scheme, calibration=calibration), bundle
-            )
+            report = export(arguments.model, Recipe("cpu", scheme, **asked), bundle)
             found = embeddings(bundle, texts)
             results[scheme] = {
                 "cosine": round(float((found * exact).sum(axis=1).mean()), 5),
