@@ -77,15 +77,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     arguments = parser.parse_args()
     texts = paragraphs(arguments.text.read_text("utf-8-sig"))
+    calibration: dict[str, Any] = {
+        "calibration": str(arguments.calibration),
+        "calibration_windows": arguments.windows,
+    }
     results = _known(arguments.text.name)
     with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:
         export(arguments.model, Recipe("cpu"), Path(folder) / "none")
         exact = embeddings(Path(folder) / "none", texts)
         for number, scheme in enumerate(arguments.schemes):
-            calibration = {
-                "calibration": str(arguments.calibration),
-                "calibration_windows": arguments.windows,
-            }
             asked = calibration if parse_scheme(scheme).needs_calibration else {}
             bundle = Path(folder) / str(number)
             report = export(arguments.model, Recipe("cpu", scheme, **asked), bundle)
