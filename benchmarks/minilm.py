@@ -1,13 +1,13 @@
-r"""Sentence embeddings of exported bundles in ONNX Runtime: what each scheme costs in quality.
+"""Sentence embeddings of exported bundles in ONNX Runtime: what each scheme costs in quality.
 
-    python benchmarks/minilm.py --model all-MiniLM-L6-v2 --text pride_and_prejudice.txt \
-        --calibration emma.txt [--schemes w8a8 w8a8-spinquant]
+    python benchmarks/minilm.py --model DIRECTORY --text FILE --calibration FILE [--schemes w8a8]
 
 Protocol: skip 2,000 characters; of the paragraphs of at least 200 characters the first 200 are
 queries and the next 200 the corpus, each of at most 256 tokens, as the model's card says.
 "cosine" is the mean of all 400 embeddings with those of the fp32 bundle, "top1" the share of
 queries whose nearest paragraph of the corpus is that of the fp32 bundle. Bundles are for target cpu
-and evaluated exactly; their proof is part of the export. Writes benchmarks/results/minilm.json;
+and evaluated exactly; their proof is part of the export. The figures are of all-MiniLM-L6-v2, Pride
+and Prejudice and Emma. Writes benchmarks/results/minilm.json;
 schemes that are not asked for keep their figures.
 """
 
@@ -74,19 +74,21 @@ def main() -> None:
     for name in ("model", "text", "calibration"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--schemes", nargs="+", default=list(GOALS), choices=list(GOALS))
+    parser.add_argument("--windows", type=int, default=128)
     arguments = parser.parse_args()
     texts = paragraphs(arguments.text.read_text("utf-8-sig"))
+    calibration: dict[str, Any] = {
+        "calibration": str(arguments.calibration),
+        "calibration_windows": arguments.windows,
+    }
     results = _known(arguments.text.name)
     with tempfile.TemporaryDirectory(prefix="edgeattn-benchmark-") as folder:
         export(arguments.model, Recipe("cpu"), Path(folder) / "none")
         exact = embeddings(Path(folder) / "none", texts)
         for number, scheme in enumerate(arguments.schemes):
-            calibrated = parse_scheme(scheme).needs_calibration
-            calibration = str(arguments.calibration) if calibrated else None
+            asked = calibration if parse_scheme(scheme).needs_calibration else {}
             bundle = Path(folder) / str(number)
-            report = export(
-                arguments.model, Recipe("cpu", None, scheme, calibration=calibration), bundle
-            )
+            report = export(arguments.model, Recipe("cpu", scheme, **asked), bundle)
             found = embeddings(bundle, texts)
             results[scheme] = {
                 "cosine": round(float((found * exact).sum(axis=1).mean()), 5),

@@ -47,7 +47,7 @@ class Recipe:
         task: of an encoder, what comes out: "hidden" token states, an "embedding" of each text, or
             a "classification"; None takes what the checkpoint was made for.
         calibration: a text file, or a folder of them, for what is calibrated.
-        calibration_windows: stretches of 512 tokens that are taken from it.
+        calibration_windows: stretches of 512 tokens that are taken from it; of an encoder 128.
         rotations: a file of learned rotations to use again.
         finetune_text: a text, or a folder of them, on which a model that lost something learns to
             predict as the original does.

@@ -19,7 +19,8 @@ from encoders import inputs_of, save_embedder, save_encoder
 
 from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import EdgeattnError
-from edgeattn.pipeline import export, verify_bundle
+from edgeattn.pipeline import export, plan_export, verify_bundle
+from edgeattn.planner.estimate import Estimate
 from edgeattn.recipe import Recipe
 from edgeattn.runtime import EncoderSession
 
@@ -235,6 +236,24 @@ def test_calibration_that_does_not_do_is_refused(
     refused("embedder", "a text of 900 windows", calibration=str(text), calibration_windows=900)
     refused("vit", "--calibration-windows 4", calibration=str(images), calibration_windows=5)
     refused("vit", "an array", calibration=str(text), calibration_windows=4)
+
+
+def test_the_plan_tells_what_calibrating_takes(
+    saved: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model = saved("embedder")
+
+    def planned(quant: str, windows: int) -> Estimate:
+        recipe = Recipe("cpu", quant=quant, calibration=str(text), calibration_windows=windows)
+        return plan_export(model, recipe, tmp_path / "out").estimate
+
+    plain, few, many = (planned(*asked) for asked in (("w8-rtn", 4), ("w8a8", 4), ("w8a8", 400)))
+    assert "calibration" not in plain.seconds
+    assert many.seconds["calibration"] == pytest.approx(100 * few.seconds["calibration"])
+    # two streams of 396 more windows of 40 tokens, 64 + 64 + 96 wide, in fp32
+    assert many.memory_bytes - few.memory_bytes == 2 * 396 * 40 * 224 * 4
+    # a byte for each of 3 * 28,672 weights in linear layers, and a scale for each of 416 rows
+    assert few.disk_bytes - plain.disk_bytes == 3 * (28_672 + 4 * 416)
 
 
 def test_it_is_not_made_again_from_the_checkpoint(

@@ -179,7 +179,6 @@ def test_verbs_of_decoders_refuse_it(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"quant": "w8a8-spinquant", "calibration": __file__}, "nearest"),
         ({"kv_cache": "static"}, "--kv-cache static"),
         ({"logits": "last"}, "--logits last"),
         ({"context": 41}, "at most 40 tokens"),

@@ -58,7 +58,7 @@ Examples:
     help="A static cache has its full size from the start; see README.",
 )
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
-@click.option("--calibration", metavar="FILE|DIR", help="Text for what is calibrated.")
+@click.option("--calibration", metavar="FILE|DIR", help="Text (or .npy images) to calibrate on.")
 @click.option(
     "--calibration-windows",
     type=int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeattn.encoder_shape import AnyShape
+from edgeattn.encoder_shape import AnyShape, EncoderShape
 from edgeattn.quant.scheme import Scheme, WeightFormat
 from edgeattn.recipe import CALIBRATION_LENGTH
 from edgeattn.shape import ModelShape
@@ -13,6 +13,8 @@ _OBSERVED_PER_S, _REFIT_PER_S = 32e9, 40e9
 _FORWARD_PER_S, _LEARNED_PER_S = 18e9, 7.3e9
 _GPTQ_PER_S = 3.3e6  # weights
 _LEARNED_TOKENS = 1024  # in a step
+# Tokens of an encoder's windows: about those of the texts it reads, and attention is quadratic.
+ENCODER_LENGTH = 128
 _MATRICES = 7  # K x K in fp64 at once
 _LOGITS = 3  # of a window at once: themselves, their logarithms, gradients
 
@@ -24,7 +26,8 @@ def window_length(shape: AnyShape, context: int | None) -> int:
         shape: the architecture.
         context: of the bundle; None takes the checkpoint's own.
     """
-    return min(CALIBRATION_LENGTH, context or shape.max_context)
+    longest = ENCODER_LENGTH if isinstance(shape, EncoderShape) else CALIBRATION_LENGTH
+    return min(longest, context or shape.max_context)
 
 
 def calibration_seconds(

@@ -45,13 +45,14 @@ class EncoderRotations:
 
     def to_dict(self) -> dict[str, str]:
         """What is rotated, JSON-ready, as the papers call it."""
-        merged = f"randomised {hadamard_factors(len(self.heads[0])).description}"
-        online = {
+        factors = {
+            "R2, of each head's values": hadamard_factors(len(self.heads[0]))
+            if self.heads
+            else None,
             "at run time, of what q, k, v and the MLP read": self.inputs,
             "R4, at run time before down_proj": self.down,
         }
-        said = {name: f.description for name, f in online.items() if f is not None}
-        return {"R2, of each head's values": merged, **said}
+        return {name: found.description for name, found in factors.items() if found is not None}
 
 
 def encoder_rotations(shape: EncoderShape, *, online: bool, seed: int = 0) -> EncoderRotations:
