@@ -162,7 +162,7 @@ def prove(
         model_file, golden, lowering, num_layers=model.shape.num_layers, progress=progress
     )
     if not agreement.passed and may_amplify(model, lowering):
-        stage = _staged(progress, "ONNX Runtime, each layer alone")
+        stage = staged(progress, "ONNX Runtime, each layer alone")
         agreement, golden = excuse_amplified(agreement, model, lowering, model_file, golden, stage)
         golden.save(golden_file)
     if lowering.decides_at_run_time:
