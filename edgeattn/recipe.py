@@ -12,6 +12,7 @@ from edgeattn.attention import (
     AttentionRequest,
     GroupQueryRequest,
     LayerRequest,
+    RecurrentRequest,
     parse_attention,
 )
 from edgeattn.errors import UsageError, unknown_name
@@ -183,6 +184,12 @@ def _check_attention(asked: tuple[str, ...]) -> None:
         raise UsageError(
             expected="one attention variant, and perhaps gqa, as others do not compose yet",
             came=f"{' and '.join(r.label for r in requests)} were given",
+            todo="leave one out",
+        )
+    if regrouped and any(isinstance(r, RecurrentRequest) for r in requests):
+        raise UsageError(
+            expected="recurrent alone, as layers of linear attention have no heads to regroup",
+            came=f"{regrouped[0]} was given, too",
             todo="leave one out",
         )
 
