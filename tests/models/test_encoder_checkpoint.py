@@ -65,6 +65,31 @@ def test_the_task_is_what_the_checkpoint_was_made_for(
     assert read_encoder_shape(tmp_path / "mean", task="hidden").output == "last_hidden_state"
 
 
+@pytest.mark.parametrize(
+    ("modes", "dense", "said"),
+    [
+        (["max_tokens"], False, "names pooling_mode_max_tokens"),
+        (["cls_token", "mean_tokens"], False, "cls_token and pooling_mode_mean_tokens"),
+        ([], False, "names none"),
+        (["mean_tokens"], True, "a linear layer follows"),
+    ],
+)
+def test_embeddings_made_in_another_way_are_refused(
+    modes: list[str], dense: bool, said: str, tmp_path: Path
+) -> None:
+    """Not given the mean of the tokens, which would be another vector."""
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    for folder in ("1_Pooling", "2_Dense")[: 1 + dense]:
+        (tmp_path / folder).mkdir()
+        on = {f"pooling_mode_{mode}": True for mode in modes}
+        (tmp_path / folder / "config.json").write_text(json.dumps({"word": 1, **on}))
+    for task in (None, "embedding"):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            read_encoder_shape(tmp_path, task=task)
+        assert "--task hidden" in str(caught.value)
+    assert read_encoder_shape(tmp_path, task="hidden").task == "hidden"
+
+
 def test_a_decoder_is_none_and_an_encoder_no_decoder(tmp_path: Path, tiny_checkpoint: Path) -> None:
     save_encoder("bert", tmp_path)
     assert not is_encoder(tiny_checkpoint)
