@@ -163,9 +163,13 @@ def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
 
     Raises:
         RuntimeInputError: the text is too short.
+        MissingDependencyError: the machine's GPUs cannot be used together.
     """
     from edgeattn.calibration.windows import token_ids, token_windows
     from edgeattn.transforms.recover import STEP_TOKENS, WINDOW_LENGTH
+    from edgeattn.transforms.spread import training_devices
+
+    training_devices()  # refused before heads are compared, which takes minutes
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -197,9 +201,8 @@ def _recovered(
     made_from: Mapping[str, Any],
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    import torch
-
     from edgeattn.transforms.recover import LEARNING_RATE, recover
+    from edgeattn.transforms.spread import training_devices
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -214,6 +217,6 @@ def _recovered(
         made_from={**made_from, **made_before(recipe)},
         learning_rate=recipe.finetune_lr or LEARNING_RATE,
         progress=clock.count,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        devices=training_devices(),
     )
     return trained, {"text": Path(recipe.finetune_text).name, **report.to_dict()}
