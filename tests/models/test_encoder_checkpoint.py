@@ -11,12 +11,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import transformers
 from encoders import save_embedder, save_encoder
 
 from edgeattn.errors import CheckpointError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.encoder_checkpoint import is_encoder, open_encoder, read_encoder_shape
 from edgeattn.models.encoder_config import encoder_shape_from_config
+from edgeattn.models.encoder_families import ENCODER_FAMILIES
 
 BERT: dict[str, Any] = {
     "model_type": "bert",
@@ -42,6 +44,8 @@ VIT = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
         ({**VIT, "image_size": 30}, None, "whole patches of 8"),
         ({**VIT, "image_size": "large"}, None, "large"),
         ({**VIT, "model_type": "dinov2", "use_swiglu_ffn": True}, None, "use_swiglu_ffn"),
+        ({**VIT, "mlp_ratio": float("nan")}, None, "mlp_ratio"),
+        ({**BERT, "architectures": 7}, None, "architectures"),
         (BERT, "classification", "trained to classify"),
         (VIT, "embedding", "reads images"),
         (BERT, "embeding", "embedding"),
@@ -51,6 +55,15 @@ def test_what_does_not_fit_is_refused(config: dict[str, Any], task: str | None, 
     with pytest.raises((CheckpointError, UsageError), match=r"expected .*, but .*: ") as caught:
         encoder_shape_from_config(config, task=task)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ENCODER_FAMILIES)
+def test_defaults_are_those_of_transformers(name: str) -> None:
+    """A config that says only what it must; another epsilon gives numbers that are nearly right."""
+    classes = {"bert": "Bert", "vit": "ViT", "dinov2": "Dinov2", "eurobert": "EuroBert"}
+    config = getattr(transformers, f"{classes[name]}Config")()
+    shape = encoder_shape_from_config({**BERT, "model_type": name})
+    assert shape.norm_eps == getattr(config, ENCODER_FAMILIES[name].eps_key)
 
 
 def test_the_task_is_what_the_checkpoint_was_made_for(
