@@ -93,6 +93,11 @@ def test_the_price_is_told(exported: Callable[..., Path]) -> None:
     assert notes["KV heads averaged"] > 1.01 * notes["perplexity before"]
     assert "training is needed" in notes["loss"]
     assert "averages lose" in notes["layer 4"]
+    last = notes["layers"][4]
+    assert sorted(head for group in last["groups"] for head in group) == [0, 1, 2, 3]
+    assert [len(group) for group in last["groups"]] == [2, 2]
+    assert 0 < last["key_loss"] < 1
+    assert 0 < last["value_loss"] < 1
     assert report["quality"]["increase"] > 0.01
 
 

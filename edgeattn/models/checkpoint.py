@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# How images become pixels, and what sentence-transformers makes of the token states.
+PREPROCESSOR = "preprocessor_config.json"
+POOLING, DENSE = "1_Pooling/config.json", "2_Dense/config.json"
+ENCODER_FILES = (PREPROCESSOR, POOLING, DENSE)
 _QUANT_SUFFIX = re.compile(
     r"[.-](?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|B?F16|F32)$", re.IGNORECASE
 )
