@@ -199,7 +199,8 @@ def _recovered(
 ) -> tuple[Model, dict[str, Any]]:
     import torch
 
-    from edgeattn.transforms.recover import LEARNING_RATE, recover
+    from edgeattn.transforms.descent import LEARNING_RATE
+    from edgeattn.transforms.recover import recover
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None

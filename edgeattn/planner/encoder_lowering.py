@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeattn.attention import LionRequest
 from edgeattn.devices.registry import Target
 from edgeattn.encoder_shape import EncoderShape, PatchInput
 from edgeattn.errors import LoweringError
@@ -50,7 +51,7 @@ def _refuse_decoding(lowering: Lowering, shape: EncoderShape) -> None:
         "--kv-cache static": lowering.kv_cache == "static",
         "--logits last": lowering.logits == "last",
         f"--quant {scheme.label} (int8 cache)": scheme.kv_bits is not None,
-        f"--attention {lowering.variant}": lowering.variant is not None,
+        f"--attention {lowering.variant}": not isinstance(lowering.request, LionRequest | None),
     }
     for what, given in asked.items():
         if given:
