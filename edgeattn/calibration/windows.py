@@ -106,14 +106,7 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
         CheckpointError: no tokenizer, or one that does not load.
         RuntimeInputError: the tokenizer does not know too much of the text.
     """
-    if tokenizer_json is None:
-        raise CheckpointError(
-            expected="tokenizer.json in the checkpoint, to turn the text into tokens",
-            came="the checkpoint has none",
-            todo="put the model's tokenizer.json into the checkpoint",
-        )
-    content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
-    tokenizer = _load_tokenizer(content)
+    tokenizer, content = _tokenizer_of(tokenizer_json)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     share = _unknown_share(encoding, _unknown_id(tokenizer, content))
     if share > _MOST_UNKNOWN:
@@ -125,6 +118,23 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
     return list(encoding.ids)
 
 
+def special_tokens(tokenizer_json: bytes | str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that a tokenizer puts in front of a text, and behind it.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that does not load.
+    """
+    encoding = _tokenizer_of(tokenizer_json)[0].encode("a")
+    special = encoding.special_tokens_mask
+    first = special.index(0) if 0 in special else len(special)
+    behind = [
+        i
+        for i, is_special in zip(encoding.ids[first:], special[first:], strict=False)
+        if is_special
+    ]
+    return tuple(encoding.ids[:first]), tuple(behind)
+
+
 def _check_vocabulary(highest: int, vocab_size: int) -> None:
     if highest >= vocab_size:
         raise CheckpointError(
@@ -132,6 +142,17 @@ def _check_vocabulary(highest: int, vocab_size: int) -> None:
             came=f"the text has token {highest}",
             todo="put the model's own tokenizer.json into the checkpoint",
         )
+
+
+def _tokenizer_of(tokenizer_json: bytes | str | None) -> tuple[Tokenizer, bytes]:
+    if tokenizer_json is None:
+        raise CheckpointError(
+            expected="tokenizer.json in the checkpoint, to turn the text into tokens",
+            came="the checkpoint has none",
+            todo="put the model's tokenizer.json into the checkpoint",
+        )
+    content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+    return _load_tokenizer(content), content
 
 
 def _load_tokenizer(content: bytes) -> Tokenizer:

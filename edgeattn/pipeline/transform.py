@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeattn import __version__
+from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
@@ -103,7 +104,10 @@ def require_inputs(recipe: Recipe) -> None:
             todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
-    for text in (calibration, recipe.finetune_text, recipe.eval_text):
+    # What an encoder learns on may be images: `linearize.require_material`.
+    distils = isinstance(recipe.attention_request, LionRequest)
+    finetune = None if distils else recipe.finetune_text
+    for text in (calibration, finetune, recipe.eval_text):
         if text is not None:
             read_text(Path(text))
 

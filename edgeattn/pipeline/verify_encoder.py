@@ -9,9 +9,11 @@ from edgeattn.bundle import bundle as layout
 from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.export_encoder import encoder_tokens, transform_encoder
+from edgeattn.pipeline.plugins import library_for_check
 from edgeattn.pipeline.proven import golden_file, require_source
 from edgeattn.pipeline.transform import require_export_extra
 from edgeattn.planner.lowering import Lowering
+from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
@@ -47,6 +49,7 @@ def verify_encoder_bundle(
         bundle.encoder_shape,
         tensorrt=tensorrt,
         provider=provider,
+        plugin_library=library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None,
         progress=progress,
     )
 
@@ -62,6 +65,12 @@ def _golden_of(
 
     if checkpoint is None:
         return EncoderGolden.load(golden_file(bundle, layout.GOLDEN_ENCODER))
+    if lowering.variant is not None:
+        raise UsageError(
+            expected="a bundle whose weights follow from the checkpoint alone",
+            came=f"{lowering.variant} learned its own on a text or on images",
+            todo="verify it without --checkpoint, against the golden vectors in the bundle",
+        )
     from edgeattn.models.encoder_checkpoint import open_encoder
     from edgeattn.verify.encoder import record_encoder_golden
 
@@ -74,5 +83,6 @@ def _golden_of(
         progress=clock.staged("downloading"),
     )
     require_source(bundle, opened.identity, checkpoint)
-    model = transform_encoder(opened, lowering)
+    recipe = Recipe.from_dict(bundle.manifest.recipe)
+    model, _ = transform_encoder(opened, recipe, lowering, bundle.path, clock)
     return record_encoder_golden(model, lowering, tokens=encoder_tokens(opened), progress=progress)

@@ -7,6 +7,7 @@ and a ViT-S/14 (12 layers, from its ONNX file): peaks of 684 MB for cpu, and of 
 
 from __future__ import annotations
 
+from edgeattn.attention import LionRequest
 from edgeattn.encoder_shape import EncoderShape, TokenInput
 from edgeattn.planner.estimate import Estimate
 from edgeattn.planner.lowering import Lowering
@@ -25,6 +26,8 @@ _START_S, _TRACE_S = 2.1, 3.4
 _WRITTEN_BYTES_PER_S = 300e6
 _REFERENCE_PER_S, _ONNXRUNTIME_PER_S = 38e6, 27e6
 _RTX_START_S, _RTX_BLOCK_S = 0.6, 0.28
+# Weights of the blocks times tokens in a second, and tokens of a step (`transforms.linearize`).
+_TRAINED_PER_S, _STEP_TOKENS = 7.3e9, 512
 
 
 def encoder_weight_bytes(shape: EncoderShape, lowering: Lowering) -> int:
@@ -47,6 +50,7 @@ def estimate_encoder(
     *,
     verify: bool = True,
     tensorrt: bool = False,
+    training_steps: int | None = None,
 ) -> Estimate:
     """What exporting an encoder of `shape` takes.
 
@@ -55,7 +59,11 @@ def estimate_encoder(
         lowering: what was decided (`fit_encoder_lowering`).
         verify: whether the bundle is proven.
         tensorrt: whether TensorRT-RTX is there to build it.
+        training_steps: of distilling linear attention, None without.
     """
+    disk = 0
+    if isinstance(lowering.request, LionRequest):
+        shape = shape.with_attention(lowering.request.layer)
     weights = encoder_weight_bytes(shape, lowering)
     linear = lowering.scheme.linear
     block = _BLOCK_BYTES["primitive" if lowering.attention == "primitive" else "standard"]
@@ -71,10 +79,16 @@ def estimate_encoder(
         seconds["ONNX Runtime"] = shape.num_parameters / _ONNXRUNTIME_PER_S
     if verify and tensorrt and lowering.rtx_sm is not None:
         seconds["TensorRT-RTX"] = _RTX_START_S + _RTX_BLOCK_S * shape.num_layers
+    if training_steps is not None:
+        blocks = shape.num_layers * sum(n * k for n, k in shape.linears().values())
+        seconds["distilling"] = training_steps * blocks * _STEP_TOKENS / _TRAINED_PER_S
+        # Two models, gradients, and the two moments of AdamW, which are on disk too.
+        memory += 4 * (5 * blocks + shape.num_parameters)
+        disk = 3 * 4 * blocks
     return Estimate(
         weight_bytes=weights,
         graph_bytes=graph,
-        disk_bytes=weights + graph + _SMALL_BYTES + (golden if verify else 0),
+        disk_bytes=disk + weights + graph + _SMALL_BYTES + (golden if verify else 0),
         memory_bytes=int(memory),
         cache_bytes_per_token=0,
         cache_bytes=0,

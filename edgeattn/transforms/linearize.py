@@ -9,7 +9,7 @@ embedding or the classes that are made of them. Stopped work goes on where it wa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,6 @@ class LinearizeReport:
     before: Agreement
     after: Agreement
     seconds_per_step: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
 @refusing_a_full_gpu()
