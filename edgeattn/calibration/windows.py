@@ -125,14 +125,9 @@ def special_tokens(tokenizer_json: bytes | str | None) -> tuple[tuple[int, ...],
         CheckpointError: no tokenizer, or one that does not load.
     """
     encoding = _tokenizer_of(tokenizer_json)[0].encode("a")
-    special = encoding.special_tokens_mask
-    first = special.index(0) if 0 in special else len(special)
-    behind = [
-        i
-        for i, is_special in zip(encoding.ids[first:], special[first:], strict=False)
-        if is_special
-    ]
-    return tuple(encoding.ids[:first]), tuple(behind)
+    own = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+    first, last = (own[0], own[-1]) if own else (len(encoding.ids), len(encoding.ids))
+    return tuple(encoding.ids[:first]), tuple(encoding.ids[last + 1 :])
 
 
 def _check_vocabulary(highest: int, vocab_size: int) -> None:

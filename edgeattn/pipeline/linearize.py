@@ -64,7 +64,8 @@ def linearized(
 
     from edgeattn.calibration.work import WorkFolder
     from edgeattn.models.model import checkpoint_digest
-    from edgeattn.transforms.linearize import LEARNING_RATE, linearize
+    from edgeattn.transforms.descent import LEARNING_RATE
+    from edgeattn.transforms.linearize import linearize
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None

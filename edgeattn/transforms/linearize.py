@@ -256,8 +256,8 @@ def _whole_loss(student: Encoder, expected: EncoderOutput, inputs: Inputs) -> Te
     if task == "embedding":
         loss = loss + 1 - (output.output * expected.output).sum(-1).mean()
     elif task == "classification":
-        logs = (logits.log_softmax(-1) for logits in (output.output, expected.output))
-        loss = loss + kl_div(*logs, reduction="batchmean", log_target=True)
+        is_like, shall_be = (y.output.log_softmax(-1) for y in (output, expected))
+        loss = loss + kl_div(is_like, shall_be, reduction="batchmean", log_target=True)
     return loss
 
 
