@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu, normalize, silu, softplus
+from torch.nn.functional import elu, silu, softplus
 
 from edgeattn.attention import FeatureMap, Lion
 from edgeattn.ops.torch_ops import TORCH_OPS
@@ -23,7 +23,8 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     """Positive features of queries or keys, `[B, H, T, D]`, computed in fp32."""
     if feature_map == "elu":
         return (elu(x.float()) + 1).to(x.dtype)
-    return normalize(silu(x.float()) + 0.5, dim=-1).to(x.dtype)
+    shifted = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
+    return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
 
 
 def no_log_decay(x: Tensor, num_heads: int) -> Tensor:
