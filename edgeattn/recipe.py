@@ -12,6 +12,7 @@ from edgeattn.attention import (
     AttentionRequest,
     GroupQueryRequest,
     LayerRequest,
+    LionRequest,
     RecurrentRequest,
     parse_attention,
 )
@@ -51,7 +52,7 @@ class Recipe:
         calibration_windows: stretches of 512 tokens that are taken from it; of an encoder 128.
         rotations: a file of learned rotations to use again.
         finetune_text: a text, or a folder of them, on which a model that lost something learns to
-            predict as the original does.
+            predict as the original does; for an encoder of images, a .npy file of them.
         finetune_steps: of that training.
         finetune_lr: its highest learning rate; None takes the default.
         eval_text: a text on which the exported graph's quality is measured.
@@ -200,6 +201,14 @@ def _check_finetuning(recipe: Recipe) -> None:
         for name in ("finetune_text", "finetune_steps", "finetune_lr")
         if (value := getattr(recipe, name)) is not None
     }
+    learns = isinstance(recipe.attention_request, LionRequest)
+    if learns and "finetune_text" not in given:
+        raise UsageError(
+            expected="a text, or images, that linear attention is distilled on",
+            came="none was given",
+            todo="pass --finetune-text FILE (of images, prepared ones in a .npy file) "
+            "and --finetune-steps N",
+        )
     if not given:
         return
     if len(given.keys() & {"finetune_text", "finetune_steps"}) < 2:
@@ -208,11 +217,12 @@ def _check_finetuning(recipe: Recipe) -> None:
             came=f"only {' and '.join(given)} was given",
             todo="give both, for example 200 steps, or neither",
         )
-    if recipe.group_query is None:
+    if recipe.group_query is None and not learns:
         raise UsageError(
             expected="a lossy transform, whose loss --finetune-text pays down",
             came="the recipe has none",
-            todo="ask for one with --attention gqa:kv_heads=K, or leave out --finetune-text",
+            todo="ask for one with --attention gqa:kv_heads=K, or of an encoder "
+            "lion:variant=d, or leave out --finetune-text",
         )
     rate = recipe.finetune_lr
     if rate is not None and not 0 < rate < 1:

@@ -17,7 +17,7 @@ from edgeattn.errors import EdgeattnError, LoweringError, RuntimeInputError, Usa
 from edgeattn.pipeline import default_output, export, plan_export
 from edgeattn.pipeline.work import work_folder
 from edgeattn.recipe import Recipe
-from edgeattn.transforms import recover
+from edgeattn.transforms import descent
 
 GQA = "gqa:kv_heads=2"
 
@@ -131,7 +131,7 @@ def test_stopped_training_goes_on_and_another_recipe_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(recover, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(descent, "_SAVE_SECONDS", 0.0)
     seen = list[tuple[str, int]]()
 
     def run(steps: int = 4, *, stop: int | None = None) -> None:

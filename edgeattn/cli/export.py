@@ -27,6 +27,8 @@ Examples:
       --calibration novel.txt
   edgeattn export ./SmolLM2-135M --target jetson-orin --attention gqa:kv_heads=1 \\
       --calibration novel.txt --finetune-text novel.txt --finetune-steps 200
+  edgeattn export ./MiniLM --target cpu --attention lion:variant=d \\
+      --finetune-text novel.txt --finetune-steps 800
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
@@ -42,7 +44,8 @@ Examples:
     "--attention",
     multiple=True,
     metavar="NAME[:k=v,…]",
-    help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; see README.",
+    help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; of an encoder "
+    "lion:variant=lit|d|s; see README.",
 )
 @click.option(
     "--task",
@@ -66,7 +69,9 @@ Examples:
 )
 @click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
 @click.option(
-    "--finetune-text", metavar="FILE|DIR", help="Text to train on after a lossy transform."
+    "--finetune-text",
+    metavar="FILE|DIR",
+    help="Text, or images (.npy), to train on after a lossy transform.",
 )
 @click.option(
     "--finetune-steps", type=int, metavar="N", help="Steps of that training, such as 200."

@@ -74,7 +74,7 @@ def load_encoder_layer(model: EncoderModel, index: int) -> EncoderLayer:
     """One block in fp32 with its weights; see `load_encoder`."""
     prefix = f"layers.{index}."
     with torch.device("meta"):
-        layer = EncoderLayer(model.shape, "standard")
+        layer = EncoderLayer(model.shape, "standard", model.shape.layer_kind(index))
     layer = layer.to_empty(device="cpu").eval().requires_grad_(False)
     parameters = dict(layer.named_parameters())
     for name, parameter in parameters.items():

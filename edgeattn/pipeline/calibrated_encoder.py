@@ -9,6 +9,7 @@ from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.encoder_shape import PatchInput
 from edgeattn.pipeline.clock import Clock
+from edgeattn.pipeline.regroup import made_before
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
@@ -63,6 +64,7 @@ def quantize_encoder_on_text(
         "scheme": scheme.to_dict(),
         "dtype": lowering.dtype,
         "context": lowering.context,
+        **made_before(recipe),
         **about,
     }
     store = LayerStore(work, made_from, "layers")

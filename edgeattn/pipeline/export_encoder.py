@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
@@ -15,6 +17,8 @@ from edgeattn.pipeline.clock import Clock, Progress, rare_collections
 from edgeattn.pipeline.device_script import write_device_script
 from edgeattn.pipeline.export_report import ExportPlan, ExportReport, fitting, free_bytes
 from edgeattn.pipeline.layer_records import layer_records
+from edgeattn.pipeline.linearize import linearized, require_material
+from edgeattn.pipeline.plugins import about_plugins, place_library, plugins_for
 from edgeattn.pipeline.records import (
     bundle_sizes,
     write_encoder_text_files,
@@ -29,6 +33,7 @@ from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
 if TYPE_CHECKING:
+    from edgeattn.engine.plugins import PluginLibrary
     from edgeattn.models.encoder_checkpoint import EncoderCheckpoint
     from edgeattn.models.encoder_model import EncoderModel
 
@@ -53,6 +58,8 @@ def export_encoder(
     offline: bool = False,
     verify: bool = True,
     force: bool = False,
+    plugins: bool = True,
+    library: PluginLibrary | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Exports an encoder to a proven bundle; the bundle appears whole or not at all.
@@ -64,11 +71,14 @@ def export_encoder(
         offline: take a hub id from the cache alone.
         verify: prove the bundle before it appears; False is written into the manifest.
         force: replace a bundle at `output`.
+        plugins: give a graph of linear attention its TensorRT plugin.
+        library: of plugins, instead of one that is built.
         progress: called with (stage, done, total).
 
     Raises:
-        EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; layers that
-            were finished on a calibration text wait beside it, and the error notes where.
+        EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; training
+            that was stopped, or layers that were finished on a calibration text, wait beside it,
+            and the error notes where.
     """
     from edgeattn.models.encoder_checkpoint import open_encoder, read_encoder_shape
 
@@ -79,7 +89,7 @@ def export_encoder(
     with (
         rare_collections(),
         open_writer(output, force=force) as writer,
-        open_work(output, needed=recipe.needs_calibration) as work,
+        open_work(output, needed=_needs_work(recipe)) as work,
     ):
         clock.start("reading the checkpoint")
         shape = read_encoder_shape(model, task=recipe.task, offline=offline)
@@ -87,7 +97,13 @@ def export_encoder(
         checkpoint = open_encoder(
             model, task=recipe.task, offline=offline, progress=clock.staged("downloading")
         )
-        return _export(checkpoint, recipe, target, fitted, writer, output, work, verify, clock)
+        settled = (recipe, target, fitted, writer, output, work, verify, plugins, library, clock)
+        return _export(checkpoint, *settled)
+
+
+def _needs_work(recipe: Recipe) -> bool:
+    """Whether a part of the export takes so long that a stopped one goes on where it was."""
+    return recipe.needs_calibration or isinstance(recipe.attention_request, LionRequest)
 
 
 def refuse_task(recipe: Recipe) -> None:
@@ -107,13 +123,14 @@ def refuse_task(recipe: Recipe) -> None:
 def transform_encoder(
     checkpoint: EncoderCheckpoint, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
 ) -> tuple[EncoderModel, dict[str, Any]]:
-    """Applies the transforms of a recipe: the scheme's rotation and rounding.
+    """Applies the transforms of a recipe: linear attention, then rotation and rounding.
 
     Args:
         checkpoint: where the weights are.
-        recipe: names the calibration text or images, where the scheme uses some.
+        recipe: names the calibration text or images, where the scheme uses some, and what linear
+            attention learns on.
         lowering: scheme and dtype.
-        work: folder for finished layers of such a scheme, an earlier run's among them.
+        work: folder for unfinished training and finished layers, an earlier run's among them.
         clock: for the stages that take long.
 
     Returns:
@@ -124,9 +141,11 @@ def transform_encoder(
     from edgeattn.transforms.quantize import quantize
 
     model = encoder_of(checkpoint.shape, checkpoint.weights)
+    model, notes = linearized(checkpoint, model, recipe, work, clock)
     if lowering.scheme.needs_calibration:
-        return quantize_encoder_on_text(checkpoint, model, recipe, lowering, work, clock)
-    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype]), {}
+        model, about = quantize_encoder_on_text(checkpoint, model, recipe, lowering, work, clock)
+        return model, {**notes, **about}
+    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype]), notes
 
 
 def encoder_tokens(checkpoint: EncoderCheckpoint) -> list[int] | None:
@@ -147,6 +166,12 @@ def _lowering(recipe: Recipe, target: Target) -> Lowering:
                 came="the model is an encoder",
                 todo="leave it out",
             )
+    if recipe.group_query is not None:
+        raise UsageError(
+            expected=f"a decoder, for --attention {recipe.group_query.label}",
+            came="the model is an encoder",
+            todo="leave it out",
+        )
     return plan_lowering(recipe, target)
 
 
@@ -161,6 +186,7 @@ def _plan(
     from edgeattn.engine.flavours import TENSORRT_RTX
 
     lowering = fit_encoder_lowering(lowering, shape, target)
+    require_material(recipe, shape)
     available = TENSORRT_RTX.is_available()
     expected = estimate_encoder(
         shape,
@@ -168,6 +194,7 @@ def _plan(
         verify=verify,
         tensorrt=available,
         calibration_windows=recipe.calibration_windows,
+        training_steps=recipe.finetune_steps,
     )
     return ExportPlan(lowering, expected, free_bytes(output))
 
@@ -181,6 +208,8 @@ def _export(
     output: Path,
     work: Path,
     verify: bool,
+    with_plugins: bool,
+    library: PluginLibrary | None,
     clock: Clock,
 ) -> ExportReport:
     from edgeattn.exporters.export import export_graph
@@ -195,15 +224,29 @@ def _export(
     graph = export_graph(model, lowering, model_file, weights_file, progress=clock.count)
     writer.note_hash(layout.WEIGHTS, graph.weight_bytes, graph.weight_sha256)
     write_encoder_text_files(writer, checkpoint)
-    write_device_script(writer, target, lowering, model.shape, library=None)
+    plugins = None
+    if with_plugins:
+        plugins = plugins_for(model_file, target, library=library, progress=clock.progress)
+    placed = place_library(plugins.target, writer.path / layout.PLUGINS) if plugins else None
+    in_bundle = placed.path if placed is not None else None
+    write_device_script(writer, target, lowering, model.shape, library=in_bundle)
     verification = None
     if verify:
         clock.start("proving the bundle")
         golden = writer.path / layout.GOLDEN_ENCODER
         verification = prove_encoder(
-            model, lowering, model_file, golden, tokens=tokens, progress=clock.progress
+            model,
+            lowering,
+            model_file,
+            golden,
+            tokens=tokens,
+            operators_file=writer.path / layout.GOLDEN_OPERATORS,
+            plugin_library=plugins.host.path if plugins and plugins.host else None,
+            progress=clock.progress,
         )
     clock.stop()
+    if placed is not None:  # the bundle moves to its place when it is whole
+        placed = replace(placed, path=output / placed.path.relative_to(writer.path))
     reads_text = isinstance(model.shape.input, TokenInput)
     report = ExportReport(
         output,
@@ -211,10 +254,13 @@ def _export(
         graph,
         verification,
         None,
-        notes,
+        {**notes, **about_plugins(plugins, library, verify)},
         clock.seconds,
+        placed,
         layers=layer_records(model, encoder_parameters(model.shape), lowering.dtype),
-        sizes=bundle_sizes(checkpoint, lowering, model.shape, graph.weight_bytes, model_file, None),
+        sizes=bundle_sizes(
+            checkpoint, lowering, model.shape, graph.weight_bytes, model_file, placed
+        ),
         reads_text=reads_text,
     )
     write_report(writer, checkpoint, recipe, report, model.shape)

@@ -105,7 +105,8 @@ def require_inputs(recipe: Recipe) -> None:
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
     for text in (calibration, recipe.finetune_text, recipe.eval_text):
-        if text is not None and Path(text).suffix != IMAGES:  # known to fit once the model is
+        # Images are known to fit once the model is.
+        if text is not None and Path(text).suffix != IMAGES:
             read_text(Path(text))
 
 

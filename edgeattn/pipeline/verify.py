@@ -77,6 +77,7 @@ def verify_bundle(
         golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
         return _verify_engine(chosen, bundle, golden, found, progress)
     golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
+    library = library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None
     if isinstance(golden, EncoderGolden):
         return check_encoder(
             bundle.model_file,
@@ -85,6 +86,7 @@ def verify_bundle(
             bundle.encoder_shape,
             tensorrt=tensorrt,
             provider=provider,
+            plugin_library=library,
             progress=progress,
         )
     return check(
@@ -94,7 +96,7 @@ def verify_bundle(
         bundle.shape,
         tensorrt=tensorrt,
         provider=provider,
-        plugin_library=library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None,
+        plugin_library=library,
         progress=progress,
     )
 

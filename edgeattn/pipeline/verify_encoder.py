@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeattn.bundle import bundle as layout
+from edgeattn.errors import UsageError
 from edgeattn.pipeline.clock import Clock, Progress
 from edgeattn.pipeline.export_encoder import encoder_tokens, transform_encoder
 from edgeattn.pipeline.proven import golden_file, require_source, require_uncalibrated
@@ -36,6 +37,7 @@ def encoder_golden_of(
 
     Raises:
         BundleError: there are no golden vectors, or the checkpoint is another one.
+        UsageError: some weights were chosen or learned on a text.
     """
     from edgeattn.verify.encoder_golden import EncoderGolden
 
@@ -46,6 +48,12 @@ def encoder_golden_of(
 
     recipe = Recipe.from_dict(bundle.manifest.recipe)
     require_uncalibrated(recipe)
+    if lowering.variant is not None:
+        raise UsageError(
+            expected="a bundle whose weights follow from the checkpoint alone",
+            came=f"{lowering.variant} learned its own on a text or on images",
+            todo="verify it without --checkpoint, against the golden vectors in the bundle",
+        )
     require_export_extra()
     clock = Clock(progress)
     opened = open_encoder(

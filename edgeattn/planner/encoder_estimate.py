@@ -7,6 +7,7 @@ and a ViT-S/14 (12 layers, from its ONNX file): peaks of 684 MB for cpu, and of 
 
 from __future__ import annotations
 
+from edgeattn.attention import LionRequest
 from edgeattn.encoder_shape import AnyShape, EncoderShape, TokenInput
 from edgeattn.planner.calibration import (
     calibration_bytes,
@@ -36,6 +37,8 @@ _RTX_START_S, _RTX_BLOCK_S = 0.6, 0.28
 _BUILT_COPIES, _BUILT_BLOCK_BYTES = 2.5, 7_000_000
 # Tensors of an MLP that are alive together: before and behind its activation, or as a decoder's.
 _MLP_TENSORS, _GATED_TENSORS = 2, 4
+# Weights of the blocks times tokens in a second, and tokens of a step (`transforms.linearize`).
+_TRAINED_PER_S, _STEP_TOKENS = 7.3e9, 512
 
 
 def encoder_weight_bytes(shape: EncoderShape, lowering: Lowering) -> int:
@@ -95,6 +98,7 @@ def estimate_encoder(
     verify: bool = True,
     tensorrt: bool = False,
     calibration_windows: int = 0,
+    training_steps: int | None = None,
 ) -> Estimate:
     """What exporting an encoder of `shape` takes.
 
@@ -104,7 +108,11 @@ def estimate_encoder(
         verify: whether the bundle is proven.
         tensorrt: whether TensorRT-RTX is there to build it.
         calibration_windows: of the text, or images, for a scheme that needs some.
+        training_steps: of distilling linear attention, None without.
     """
+    disk = 0
+    if isinstance(lowering.request, LionRequest):
+        shape = shape.with_attention(lowering.request.layer)
     weights = encoder_weight_bytes(shape, lowering)
     linear = lowering.scheme.linear
     block = _BLOCK_BYTES["primitive" if lowering.attention == "primitive" else "standard"]
@@ -124,10 +132,16 @@ def estimate_encoder(
     seconds.update(calibration_seconds(shape, scheme, *text))
     if verify and tensorrt and lowering.rtx_sm is not None:
         seconds["TensorRT-RTX"] = _RTX_START_S + _RTX_BLOCK_S * shape.num_layers
+    if training_steps is not None:
+        blocks = shape.num_layers * sum(n * k for n, k in shape.linears().values())
+        seconds["distilling"] = training_steps * blocks * _STEP_TOKENS / _TRAINED_PER_S
+        # Two models, gradients, and the two moments of AdamW, which are on disk too.
+        memory += 4 * (5 * blocks + shape.num_parameters)
+        disk = 3 * 4 * blocks
     return Estimate(
         weight_bytes=weights,
         graph_bytes=graph,
-        disk_bytes=weights + graph + _SMALL_BYTES + (golden if verify else 0) + work,
+        disk_bytes=disk + weights + graph + _SMALL_BYTES + (golden if verify else 0) + work,
         memory_bytes=int(memory),
         cache_bytes_per_token=0,
         cache_bytes=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeattn.attention import LionRequest
 from edgeattn.devices.registry import Target
 from edgeattn.encoder_shape import AnyShape, EncoderShape, PatchInput
 from edgeattn.errors import LoweringError
@@ -69,7 +70,7 @@ def _refuse_decoding(lowering: Lowering, shape: EncoderShape) -> None:
         f"--quant {scheme.label} (int8 cache)": scheme.kv_bits is not None,
         f"--quant {scheme.label} (LM head)": scheme.small_head,
         f"--quant {scheme.label} (judged by the next token)": _needs_next_token(scheme),
-        f"--attention {lowering.variant}": lowering.variant is not None,
+        f"--attention {lowering.variant}": not isinstance(lowering.request, LionRequest | None),
     }
     for what, given in asked.items():
         if given:

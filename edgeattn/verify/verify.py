@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from edgeattn.verify.drive import drive
 from edgeattn.verify.failures import disagreement_error, overflow_error
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.measure import errors
+from edgeattn.verify.operators import sample_operators, with_operators
 from edgeattn.verify.ort_backend import OrtBackend
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
 
@@ -167,7 +169,8 @@ def prove(
         golden.save(golden_file)
     if lowering.decides_at_run_time:
         agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
-    agreement = _with_operators(agreement, model_file, lowering, golden, operators_file)
+    samples = partial(sample_operators, model_file, lowering, golden.cases[0])
+    agreement = with_operators(agreement, samples, operators_file)
     verification = with_tensorrt(
         agreement, model_file, lowering, model.shape, plugin_library, progress
     )
@@ -265,32 +268,6 @@ def add_layers(
     if not all(row.passed for row in rows):
         first_bad = locate(comparisons, model.shape.num_layers)
     return replace(agreement, comparisons=comparisons, first_bad=first_bad)
-
-
-def _with_operators(
-    agreement: Agreement,
-    model_file: Path,
-    lowering: Lowering,
-    golden: Golden,
-    operators_file: Path | None,
-) -> Agreement:
-    """Samples edgeattn's operators; of a graph that disagrees names the first that is wrong."""
-    from edgeattn.verify.operators import first_wrong_operator, sample_operators, save_samples
-
-    if not agreement.passed:
-        samples = sample_operators(model_file, lowering, golden.cases[0], every=True)
-        operator = first_wrong_operator(samples)
-        return replace(agreement, first_bad=operator or agreement.first_bad)
-    samples = sample_operators(model_file, lowering, golden.cases[0])
-    rows = tuple(row for sample in samples for row in sample.compare(sample.found))
-    if samples and operators_file is not None:
-        save_samples(samples, operators_file)
-    agreement = replace(agreement, comparisons=(*agreement.comparisons, *rows))
-    return (
-        agreement
-        if agreement.passed
-        else replace(agreement, first_bad=first_wrong_operator(samples))
-    )
 
 
 def with_tensorrt(

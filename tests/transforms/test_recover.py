@@ -22,8 +22,9 @@ from edgeattn.models.families import parameter_names
 from edgeattn.models.hub import open_model
 from edgeattn.models.model import Model, model_of
 from edgeattn.planner.group_query import regrouped_shape
-from edgeattn.transforms import recover as module
-from edgeattn.transforms.recover import rate_share, recover, step_windows
+from edgeattn.transforms import descent as module
+from edgeattn.transforms.descent import rate_share, step_rows
+from edgeattn.transforms.recover import recover
 from edgeattn.transforms.regroup import regroup, regroup_on_text
 
 MADE_FROM = {"text": "a novel"}
@@ -187,7 +188,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_every_window_is_seen_before_one_is_seen_again() -> None:
-    rows = step_windows(torch.zeros(10, 64, dtype=torch.int64), 5)
+    rows = step_rows(10, 4, 5)
     assert rows.shape == (5, 4)
     assert sorted(rows.flatten()[:10].tolist()) == list(range(10))
 
