@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu, silu, softplus
+from torch.nn.functional import relu, silu, softplus
 
 from edgeattn.attention import FeatureMap, Lion
 from edgeattn.ops.torch_ops import TORCH_OPS
@@ -22,7 +22,9 @@ _EPSILON = 1e-6
 def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     """Positive features of queries or keys, `[B, H, T, D]`, computed in fp32."""
     if feature_map == "elu":
-        return (elu(x.float()) + 1).to(x.dtype)
+        # elu(x) + 1; TensorRT-RTX 1.7.1 does not build an Elu here where lengths are fixed.
+        positive: Tensor = relu(x.float()) + (-relu(-x.float())).exp()
+        return positive.to(x.dtype)
     shifted = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
     return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
 
