@@ -25,7 +25,7 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
         # elu(x) + 1; TensorRT-RTX 1.7.1 does not build an Elu here where lengths are fixed.
         positive: Tensor = relu(x.float()) + (-relu(-x.float())).exp()
         return positive.to(x.dtype)
-    shifted = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
+    shifted: Tensor = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
     return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
 
 
