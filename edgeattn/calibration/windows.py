@@ -106,7 +106,7 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
         CheckpointError: no tokenizer, or one that does not load.
         RuntimeInputError: the tokenizer does not know too much of the text.
     """
-    tokenizer, content = _tokenizer_of(tokenizer_json)
+    tokenizer, content = _open_tokenizer(tokenizer_json)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     share = _unknown_share(encoding, _unknown_id(tokenizer, content))
     if share > _MOST_UNKNOWN:
@@ -118,16 +118,20 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
     return list(encoding.ids)
 
 
-def special_tokens(tokenizer_json: bytes | str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that a tokenizer puts in front of a text, and behind it.
+def surrounding_ids(tokenizer_json: bytes | str | None) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that the tokenizer puts before and behind every text.
+
+    Args:
+        tokenizer_json: content of tokenizer.json, None for a checkpoint without.
 
     Raises:
         CheckpointError: no tokenizer, or one that does not load.
     """
-    encoding = _tokenizer_of(tokenizer_json)[0].encode("a")
-    own = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
-    first, last = (own[0], own[-1]) if own else (len(encoding.ids), len(encoding.ids))
-    return tuple(encoding.ids[:first]), tuple(encoding.ids[last + 1 :])
+    tokenizer = _open_tokenizer(tokenizer_json)[0]
+    bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    start = next(i for i in starts if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def _check_vocabulary(highest: int, vocab_size: int) -> None:
@@ -139,7 +143,8 @@ def _check_vocabulary(highest: int, vocab_size: int) -> None:
         )
 
 
-def _tokenizer_of(tokenizer_json: bytes | str | None) -> tuple[Tokenizer, bytes]:
+def _open_tokenizer(tokenizer_json: bytes | str | None) -> tuple[Tokenizer, bytes]:
+    """The tokenizer, and its file as bytes."""
     if tokenizer_json is None:
         raise CheckpointError(
             expected="tokenizer.json in the checkpoint, to turn the text into tokens",

@@ -222,7 +222,7 @@ class Encoder(nn.Module):
             attention_mask: `[B, T]`, 1 at tokens and 0 at padding; None for images.
             token_type_ids: `[B, T]`, for families that tell segments.
         """
-        x = self._embed(values, token_type_ids)
+        x = self.embed(values, token_type_ids)
         shared = self.layer_inputs(x, attention_mask)
         hidden = [x]
         for index, layer in enumerate(self.layers):
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
             hidden.append(x)
         return EncoderOutput(self._output(self.norm(x), attention_mask), tuple(hidden))
 
-    def _embed(self, values: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embed(self, values: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """The residual stream before layer 0, `[B, T, hidden]`."""
         read = self.shape.input
         if isinstance(read, PatchInput):

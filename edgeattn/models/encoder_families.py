@@ -32,6 +32,7 @@ class EncoderFamily:
         rope: queries and keys are rotated.
         norm: LayerNorm or RMSNorm.
         eps_key: config key of its epsilon.
+        eps: what transformers takes for a config without that key.
         embedding_norm: the sum of the embeddings is normalised.
         pre_norm: see `EncoderShape`.
         gated: likewise.
@@ -54,6 +55,7 @@ class EncoderFamily:
     rope: bool = False
     norm: Norm = "layer"
     eps_key: str = "layer_norm_eps"
+    eps: float = 1e-12
     embedding_norm: bool = False
     pre_norm: bool = False
     gated: bool = False
@@ -133,6 +135,7 @@ ENCODER_FAMILIES: dict[str, EncoderFamily] = {
             "dinov2",
             examples="DINOv2",
             reads_images=True,
+            eps=1e-6,
             pre_norm=True,
             qkv_bias="qkv_bias",
             layer_scale=True,
@@ -157,6 +160,7 @@ ENCODER_FAMILIES: dict[str, EncoderFamily] = {
             rope=True,
             norm="rms",
             eps_key="rms_norm_eps",
+            eps=1e-5,
             pre_norm=True,
             gated=True,
             bias=False,

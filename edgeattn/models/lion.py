@@ -23,7 +23,8 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     """Positive features of queries or keys, `[B, H, T, D]`, computed in fp32."""
     if feature_map == "elu":
         # elu(x) + 1; TensorRT-RTX 1.7.1 does not build an Elu here where lengths are fixed.
-        return (relu(x.float()) + (-relu(-x.float())).exp()).to(x.dtype)
+        positive: Tensor = relu(x.float()) + (-relu(-x.float())).exp()
+        return positive.to(x.dtype)
     shifted = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
     return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
 

@@ -12,6 +12,7 @@ from edgeattn.bundle.writer import BundleWriter, open_writer
 from edgeattn.devices.registry import Target, parse_target
 from edgeattn.encoder_shape import EncoderShape, TokenInput
 from edgeattn.errors import UsageError
+from edgeattn.pipeline.calibrated_encoder import quantize_encoder_on_text
 from edgeattn.pipeline.clock import Clock, Progress, rare_collections
 from edgeattn.pipeline.device_script import write_device_script
 from edgeattn.pipeline.export_report import ExportPlan, ExportReport, fitting, free_bytes
@@ -76,7 +77,8 @@ def export_encoder(
 
     Raises:
         EdgeattnError: a refusal or a failed proof. No part of a bundle is left behind; training
-            that was stopped waits beside it, and the error notes where.
+            that was stopped, or layers that were finished on a calibration text, wait beside it,
+            and the error notes where.
     """
     from edgeattn.models.encoder_checkpoint import open_encoder, read_encoder_shape
 
@@ -87,7 +89,7 @@ def export_encoder(
     with (
         rare_collections(),
         open_writer(output, force=force) as writer,
-        open_work(output, needed=isinstance(lowering.request, LionRequest)) as work,
+        open_work(output, needed=_needs_work(recipe)) as work,
     ):
         clock.start("reading the checkpoint")
         shape = read_encoder_shape(model, task=recipe.task, offline=offline)
@@ -97,6 +99,11 @@ def export_encoder(
         )
         settled = (recipe, target, fitted, writer, output, work, verify, plugins, library, clock)
         return _export(checkpoint, *settled)
+
+
+def _needs_work(recipe: Recipe) -> bool:
+    """Whether a part of the export takes so long that a stopped one goes on where it was."""
+    return recipe.needs_calibration or isinstance(recipe.attention_request, LionRequest)
 
 
 def refuse_task(recipe: Recipe) -> None:
@@ -116,10 +123,18 @@ def refuse_task(recipe: Recipe) -> None:
 def transform_encoder(
     checkpoint: EncoderCheckpoint, recipe: Recipe, lowering: Lowering, work: Path, clock: Clock
 ) -> tuple[EncoderModel, dict[str, Any]]:
-    """Applies the transforms of a recipe, linear attention before the scheme's rounding.
+    """Applies the transforms of a recipe: linear attention, then rotation and rounding.
+
+    Args:
+        checkpoint: where the weights are.
+        recipe: names the calibration text or images, where the scheme uses some, and what linear
+            attention learns on.
+        lowering: scheme and dtype.
+        work: folder for unfinished training and finished layers, an earlier run's among them.
+        clock: for the stages that take long.
 
     Returns:
-        The encoder as the bundle shall hold it, and what each transform reports.
+        The model, and what each transform reports, JSON-ready, by name.
     """
     from edgeattn.models.encoder_model import encoder_of
     from edgeattn.models.model import TORCH_DTYPES
@@ -127,8 +142,10 @@ def transform_encoder(
 
     model = encoder_of(checkpoint.shape, checkpoint.weights)
     model, notes = linearized(checkpoint, model, recipe, work, clock)
-    model = quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype])
-    return model, notes
+    if lowering.scheme.needs_calibration:
+        model, about = quantize_encoder_on_text(checkpoint, model, recipe, lowering, work, clock)
+        return model, {**notes, **about}
+    return quantize(model, lowering.scheme, scale_dtype=TORCH_DTYPES[lowering.dtype]), notes
 
 
 def encoder_tokens(checkpoint: EncoderCheckpoint) -> list[int] | None:
@@ -172,7 +189,12 @@ def _plan(
     require_material(recipe, shape)
     available = TENSORRT_RTX.is_available()
     expected = estimate_encoder(
-        shape, lowering, verify=verify, tensorrt=available, training_steps=recipe.finetune_steps
+        shape,
+        lowering,
+        verify=verify,
+        tensorrt=available,
+        calibration_windows=recipe.calibration_windows,
+        training_steps=recipe.finetune_steps,
     )
     return ExportPlan(lowering, expected, free_bytes(output))
 

@@ -106,7 +106,7 @@ def _material(checkpoint: EncoderCheckpoint, file: str, steps: int) -> Material:
     """
     import torch
 
-    from edgeattn.calibration.windows import special_tokens, token_ids, token_windows
+    from edgeattn.calibration.windows import surrounding_ids, token_ids, token_windows
     from edgeattn.transforms.linearize import PARTS, STEP_TOKENS, Material
 
     read = checkpoint.shape.input
@@ -115,7 +115,7 @@ def _material(checkpoint: EncoderCheckpoint, file: str, steps: int) -> Material:
         _require_rows(len(images), "images", file)
         return Material(images)
     text, tokenizer = read_text(Path(file)), checkpoint.text.get(layout.TOKENIZER)
-    before, behind = special_tokens(tokenizer)
+    before, behind = map(tuple, surrounding_ids(tokenizer))
     length = _window_length(read, len(before) + len(behind), max(PARTS))
     enough = len(token_ids(text, tokenizer)) // length
     _require_rows(enough, f"windows of {length} tokens", file)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn import __version__
+from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import RuntimeInputError
+from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.group_query import regrouped_shape
 from edgeattn.recipe import Recipe
@@ -32,18 +35,28 @@ _HELD_WINDOWS = 8
 
 def made_before(recipe: Recipe) -> dict[str, Any]:
     """What later transforms depend on of the ones here, JSON-ready; nothing without any."""
-    if recipe.group_query is None:
-        return {}
-    found: dict[str, Any] = {"group query": recipe.group_query.label}
-    if recipe.finetune_text is not None:
-        from edgeattn.calibration.windows import text_sha256
-
+    request = recipe.attention_request
+    found: dict[str, Any] = {}
+    if recipe.group_query is not None:
+        found["group query"] = recipe.group_query.label
+    if isinstance(request, LionRequest):
+        found["linear attention"] = request.label
+    if found and recipe.finetune_text is not None:
         found["finetune"] = {
-            "text_sha256": text_sha256(read_text(Path(recipe.finetune_text))),
+            "sha256": _sha256(Path(recipe.finetune_text)),
             "steps": recipe.finetune_steps,
             "learning_rate": recipe.finetune_lr,
         }
     return found
+
+
+def _sha256(material: Path) -> str:
+    """Of a text, or of images."""
+    from edgeattn.calibration.windows import text_sha256
+
+    if material.suffix == IMAGES:
+        return hashlib.sha256(material.read_bytes()).hexdigest()
+    return text_sha256(read_text(material))
 
 
 def with_regrouped_heads(
@@ -146,16 +159,25 @@ def _about(
         if lossy
         else "none: KV heads are copies"
     )
-    for index, layer in enumerate(layers):
-        copies = layer.members.numel() // before.num_kv_heads
-        groups = " | ".join(
-            " ".join(str(m // copies) for m in row) for row in layer.members.tolist()
+    for row in (records := [_record(*item, before) for item in enumerate(layers)]):
+        groups = " | ".join(" ".join(map(str, group)) for group in row["groups"])
+        notes[f"layer {row['layer']}"] = (
+            f"KV heads {groups}; averages lose {row['key_loss']:.0%} of the keys and "
+            f"{row['value_loss']:.0%} of the values"
         )
-        notes[f"layer {index}"] = (
-            f"KV heads {groups}; averages lose {layer.key_loss:.0%} of the keys and "
-            f"{layer.value_loss:.0%} of the values"
-        )
+    notes["layers"] = records
     return notes
+
+
+def _record(index: int, layer: LayerGroups, before: ModelShape) -> dict[str, Any]:
+    """A layer for the report: heads of the checkpoint by group, and shares that averages lose."""
+    copies = layer.members.numel() // before.num_kv_heads
+    return {
+        "layer": index,
+        "groups": [[head // copies for head in group] for group in layer.members.tolist()],
+        "key_loss": round(layer.key_loss, 4),
+        "value_loss": round(layer.value_loss, 4),
+    }
 
 
 def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
@@ -163,9 +185,13 @@ def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
 
     Raises:
         RuntimeInputError: the text is too short.
+        MissingDependencyError: the machine's GPUs cannot be used together.
     """
     from edgeattn.calibration.windows import token_ids, token_windows
     from edgeattn.transforms.recover import STEP_TOKENS, WINDOW_LENGTH
+    from edgeattn.transforms.spread import training_devices
+
+    training_devices()  # refused before heads are compared, which takes minutes
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -197,10 +223,9 @@ def _recovered(
     made_from: Mapping[str, Any],
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    import torch
-
     from edgeattn.transforms.descent import LEARNING_RATE
     from edgeattn.transforms.recover import recover
+    from edgeattn.transforms.spread import training_devices
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -215,6 +240,6 @@ def _recovered(
         made_from={**made_from, **made_before(recipe)},
         learning_rate=recipe.finetune_lr or LEARNING_RATE,
         progress=clock.count,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        devices=training_devices(),
     )
     return trained, {"text": Path(recipe.finetune_text).name, **report.to_dict()}

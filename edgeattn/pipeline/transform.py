@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeattn import __version__
-from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
+from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
 from edgeattn.pipeline.regroup import made_before, with_regrouped_heads
@@ -92,7 +92,7 @@ def require_inputs(recipe: Recipe) -> None:
     require_attention(recipe)
     if recipe.needs_calibration and recipe.calibration is None:
         raise UsageError(
-            expected=f"a text that {_calibrated(recipe)} can be calibrated on",
+            expected=f"a text that {recipe.calibrated_part} can be calibrated on",
             came="none was given",
             todo="pass --calibration FILE, plain text of the kind the model will read "
             f"({recipe.calibration_windows} windows of {CALIBRATION_LENGTH} tokens)",
@@ -104,19 +104,10 @@ def require_inputs(recipe: Recipe) -> None:
             todo="choose w4a16-spinquant or w8a8-spinquant, or leave out --rotations",
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
-    # What an encoder learns on may be images: `linearize.require_material`.
-    distils = isinstance(recipe.attention_request, LionRequest)
-    finetune = None if distils else recipe.finetune_text
-    for text in (calibration, finetune, recipe.eval_text):
-        if text is not None:
+    for text in (calibration, recipe.finetune_text, recipe.eval_text):
+        # Images are known to fit once the model is.
+        if text is not None and Path(text).suffix != IMAGES:
             read_text(Path(text))
-
-
-def _calibrated(recipe: Recipe) -> str:
-    """What of a recipe is calibrated, scheme or attention variant."""
-    if recipe.scheme.needs_calibration:
-        return f"scheme {recipe.scheme.name}"
-    return next(r.label for r in recipe.attention_requests if r.needs_calibration)
 
 
 def transform(

@@ -30,7 +30,7 @@ _SAVE_SECONDS = 120.0
 
 @contextmanager
 def refusing_a_full_gpu() -> Iterator[None]:
-    """Turns what torch says of a GPU with too little memory into a sentence.
+    """Turns what torch says of GPUs with too little memory into a sentence.
 
     Raises:
         RuntimeInputError: it is too little.
@@ -39,7 +39,7 @@ def refusing_a_full_gpu() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeInputError(
-            expected="memory of the GPU for two models in fp32 and the state of AdamW",
+            expected="memory of the GPUs for two models in fp32 and the state of AdamW",
             came="there is too little",
             todo="set CUDA_VISIBLE_DEVICES= to train on the CPU; what was saved goes on there",
         ) from error

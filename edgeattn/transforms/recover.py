@@ -27,11 +27,13 @@ from edgeattn.transforms.descent import (
     refusing_a_full_gpu,
     step_rows,
 )
+from edgeattn.transforms.spread import spread
 
 Progress = Callable[[int, int], None]
 
 # Tokens of a step and of a window of the text.
 STEP_TOKENS, WINDOW_LENGTH = 256, 256
+_CPU = (torch.device("cpu"),)
 _FP32: Any = {"weight_dtype": torch.float32, "compute_dtype": torch.float32}
 
 
@@ -77,7 +79,7 @@ def recover(
     made_from: Mapping[str, Any],
     learning_rate: float = LEARNING_RATE,
     progress: Progress | None = None,
-    device: str | torch.device = "cpu",
+    devices: Sequence[torch.device] = _CPU,
 ) -> tuple[Model, RecoverReport]:
     """Trains the blocks of a transformed model to give the original's predictions.
 
@@ -91,7 +93,7 @@ def recover(
         made_from: JSON-ready values that say what the result depends on.
         learning_rate: the highest, after a short rise; then it falls as a cosine does.
         progress: called with (steps done, all steps).
-        device: where to compute.
+        devices: where to compute; both models are spread over several (`spread`).
 
     Returns:
         The trained model, or `model` where training did no good.
@@ -105,7 +107,7 @@ def recover(
     descent = Descent(state_file, made_from, steps=steps, learning_rate=learning_rate)
     batches = step_rows(len(train), STEP_TOKENS // train.shape[1], steps)
     if not descent.finished:
-        _train(descent, original, model, [train[rows].to(device) for rows in batches], progress)
+        _train(descent, original, model, [train[rows] for rows in batches], devices, progress)
     trained = replace(model, weights=TrainedWeights(model.weights, state_file))
     perplexities = [perplexity(m, held) for m in (original, model, trained)]
     learned = perplexities[2] < perplexities[1]
@@ -128,12 +130,16 @@ def _train(
     original: Model,
     model: Model,
     batches: Sequence[Tensor],
+    devices: Sequence[torch.device],
     progress: Progress | None,
 ) -> None:
-    device = batches[0].device
-    teacher, student = (load_decoder(m, **_FP32).to(device) for m in (original, model))
+    teacher, student = (spread(load_decoder(m, **_FP32), devices) for m in (original, model))
     student.layers.requires_grad_()
-    descent.run(student, lambda step: _divergence(teacher, student, batches[step]), progress)
+
+    def loss(step: int) -> Tensor:
+        return _divergence(teacher, student, batches[step].to(devices[0]))
+
+    descent.run(student, loss, progress)
 
 
 def _divergence(teacher: Decoder, student: Decoder, ids: Tensor) -> Tensor:
