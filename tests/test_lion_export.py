@@ -88,6 +88,19 @@ def test_the_report_says_how_it_agrees(bundle: Path) -> None:
     assert len(notes["after"][0]["layers"]) == 3
 
 
+@pytest.mark.parametrize("quant", ["w8a8-spinquant", "w4a16-gptq:group=32"])
+def test_it_goes_with_schemes_that_rotate_or_are_calibrated(
+    embedder: Path, novel: Path, tmp_path: Path, quant: str
+) -> None:
+    asked = recipe(novel, "s", quant=quant, calibration=str(novel), calibration_windows=4)
+    made = export(embedder, asked, tmp_path / "out")
+    assert made.verification is not None
+    assert made.verification.passed
+    weights = made.layers[0]["weights"]
+    assert weights["self_attn.q_proj"].startswith("int")
+    assert weights["self_attn.gate_proj"] == "fp32"
+
+
 def test_its_operators_are_kept_for_a_gpu(bundle: Path) -> None:
     from edgeattn.verify.operators import load_samples
 

@@ -51,6 +51,7 @@ def open_onnxruntime(
     weights_dir: Path | None = None,
     threads: int | None = None,
     exact: bool = False,
+    keep_rounding: bool = False,
     provider: str = "cpu",
     provider_options: Mapping[str, str] | None = None,
 ) -> InferenceSession:
@@ -61,6 +62,8 @@ def open_onnxruntime(
         weights_dir: folder of the external data; needed for a serialised graph that has any.
         threads: threads of one operator; None takes every core this process may use.
         exact: multiply int4 weights in fp32 instead of rounding activations to int8.
+        keep_rounding: round where the graph does; else ONNX Runtime may move a rounding ahead of a
+            value that the graph also gives out.
         provider: a name in `PROVIDERS`.
         provider_options: of the provider.
 
@@ -78,7 +81,7 @@ def open_onnxruntime(
     options.inter_op_num_threads = 1
     # A pattern is planned and kept for each new input shape, and each decode step has a new one.
     options.enable_mem_pattern = False
-    if _release(ort.__version__) < _QDQ_SOUND:
+    if keep_rounding or _release(ort.__version__) < _QDQ_SOUND:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     # An int8 matrix with one scale per output is cut into blocks; the default of 32 reads more.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")

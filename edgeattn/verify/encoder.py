@@ -209,7 +209,11 @@ class EncoderBackend:
             proto = rewritten(model, hidden=hidden, expose=expose, widen=widen)
             source = proto.SerializeToString()
         self._session = open_onnxruntime(
-            source, weights_dir=model.parent, exact=True, provider=provider
+            source,
+            weights_dir=model.parent,
+            exact=True,
+            keep_rounding=bool(expose),
+            provider=provider,
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._dtypes = {value.name: _NUMPY[value.type] for value in self._session.get_inputs()}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from edgeattn.calibration.windows import text_sha256, token_ids, token_windows
+from edgeattn.calibration.windows import special_tokens, text_sha256, token_ids, token_windows
 from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.text_file import read_text
@@ -90,6 +90,29 @@ def test_the_tokens_are_those_of_transformers(smollm2_gguf: Path) -> None:
     found = token_windows(text, content, windows=1, length=len(wanted), vocab_size=49152)
     assert found.tolist() == [wanted]
     assert token_ids(text, content.decode()) == wanted  # content as text
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("<s> $A </s> </s>", (["<s>"], ["</s>", "</s>"])),
+        ("$A </s>", ([], ["</s>"])),
+        ("<s> $A", (["<s>"], [])),
+        (None, ([], [])),
+    ],
+)
+def test_special_tokens_frame_a_text(
+    template: str | None, expected: tuple[list[str], list[str]]
+) -> None:
+    tokenizer = Tokenizer.from_buffer(COUNTING)
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
+    ids = {name: tokenizer.token_to_id(name) for name in ("<s>", "</s>")}
+    if template is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=list(ids.items())
+        )
+    wanted = tuple(tuple(ids[name] for name in part) for part in expected)
+    assert special_tokens(tokenizer.to_str()) == wanted
 
 
 def test_no_special_tokens_and_no_stored_limits() -> None:
