@@ -259,6 +259,11 @@ class EncoderShape:
 AnyShape = ModelShape | EncoderShape
 
 
+def is_image(shape: AnyShape) -> bool:
+    """Whether it reads images, whose tokens are always as many."""
+    return isinstance(shape, EncoderShape) and isinstance(shape.input, PatchInput)
+
+
 def _check_positive(field: str, value: int) -> None:
     if value < 1:
         raise _bad(f"a positive {field}", f"it is {value}")

@@ -12,6 +12,7 @@ from edgeattn.attention import (
     AttentionRequest,
     GroupQueryRequest,
     LayerRequest,
+    RecurrentRequest,
     parse_attention,
 )
 from edgeattn.errors import UsageError, unknown_name
@@ -126,6 +127,13 @@ class Recipe:
         variants = any(request.needs_calibration for request in self.attention_requests)
         return self.scheme.needs_calibration or variants
 
+    @property
+    def calibrated_part(self) -> str:
+        """What is calibrated, where something is: the scheme, else an attention variant."""
+        if self.scheme.needs_calibration:
+            return f"scheme {self.scheme.name}"
+        return next(r.label for r in self.attention_requests if r.needs_calibration)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values without the fields that say nothing."""
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}
@@ -176,6 +184,12 @@ def _check_attention(asked: tuple[str, ...]) -> None:
         raise UsageError(
             expected="one attention variant, and perhaps gqa, as others do not compose yet",
             came=f"{' and '.join(r.label for r in requests)} were given",
+            todo="leave one out",
+        )
+    if regrouped and any(isinstance(r, RecurrentRequest) for r in requests):
+        raise UsageError(
+            expected="recurrent alone, as layers of linear attention have no heads to regroup",
+            came=f"{regrouped[0]} was given, too",
             todo="leave one out",
         )
 

@@ -93,7 +93,20 @@ def test_the_price_is_told(exported: Callable[..., Path]) -> None:
     assert notes["KV heads averaged"] > 1.01 * notes["perplexity before"]
     assert "training is needed" in notes["loss"]
     assert "averages lose" in notes["layer 4"]
+    last = notes["layers"][4]
+    assert sorted(head for group in last["groups"] for head in group) == [0, 1, 2, 3]
+    assert [len(group) for group in last["groups"]] == [2, 2]
+    assert 0 < last["key_loss"] < 1
+    assert 0 < last["value_loss"] < 1
     assert report["quality"]["increase"] > 0.01
+
+
+def test_a_checkpoint_alone_cannot_make_it_again(
+    exported: Callable[..., Path], stories260k: Path, edgeattn: Callable[..., Any]
+) -> None:
+    done = edgeattn("verify", exported(), "--checkpoint", stories260k)
+    assert done.exit_code == 2
+    assert "gqa:kv_heads=2 chose some on a calibration text" in done.stderr
 
 
 def test_copies_cost_nothing(exported: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,14 +214,15 @@ def _show_transforms(notes: Mapping[str, Any]) -> None:
         if not isinstance(found, Mapping):
             click.echo(f"{name}: {found}")
         elif not name.startswith("sensitivity"):  # a long table; it is in the report
-            lines = {key: value for key, value in found.items() if not _is_table(value)}
+            lines = {key: value for key, value in found.items() if not _is_long(key, value)}
             values = (f"{key} {_shown(value)}".strip() for key, value in lines.items())
             click.echo(f"{name}: {', '.join(values)}")
 
 
-def _is_table(value: object) -> bool:
-    """Whether it is for the report, which has the room."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+def _is_long(key: str, value: object) -> bool:
+    """Whether it is for the report, which has the room: a line of every layer, or a table."""
+    table = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return table or re.fullmatch(r"layer \d+", key) is not None
 
 
 def _shown(value: object) -> str:

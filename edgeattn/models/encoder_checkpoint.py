@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeattn.encoder_shape import EncoderShape, Pooling
+from edgeattn.errors import CheckpointError
 from edgeattn.models.checkpoint import (
+    DENSE,
+    POOLING,
+    PREPROCESSOR,
     TEXT_FILES,
     SafetensorsReader,
     WeightReader,
@@ -17,10 +21,10 @@ from edgeattn.models.checkpoint import (
     read_json,
 )
 from edgeattn.models.encoder_config import encoder_shape_from_config, is_encoder_config
-from edgeattn.models.hub import Progress, fetch_checkpoint, fetch_config, find_hub_id
+from edgeattn.models.hub import fetch_checkpoint, fetch_config, find_hub_id
+from edgeattn.models.hub_progress import Progress
 from edgeattn.models.onnx_encoder import open_onnx_encoder
 
-PREPROCESSOR = "preprocessor_config.json"
 _FILES = (*TEXT_FILES, PREPROCESSOR)
 
 
@@ -66,7 +70,7 @@ def read_encoder_shape(
     hub_id = find_hub_id(model)
     path = Path(model) if hub_id is None else fetch_config(hub_id, offline=offline).path
     config = read_json(path / "config.json", required=True)
-    return encoder_shape_from_config(config, task=task, pooling=_pooling(path))
+    return encoder_shape_from_config(config, task=task, pooling=_pooling(path, task))
 
 
 def open_encoder(
@@ -100,7 +104,7 @@ def open_encoder(
         snapshot = fetch_checkpoint(hub_id, offline=offline, progress=progress)
         path, name, source = snapshot.path, hub_id.name, snapshot.identity()
     config = read_json(path / "config.json", required=True)
-    shape = encoder_shape_from_config(config, task=task, pooling=_pooling(path))
+    shape = encoder_shape_from_config(config, task=task, pooling=_pooling(path, task))
     weights = SafetensorsReader.open_encoder(path, shape)
     return EncoderCheckpoint(
         name=name,
@@ -116,9 +120,33 @@ def _is_onnx(model: str | Path) -> bool:
     return os.path.isfile(model) and Path(model).suffix == ".onnx"
 
 
-def _pooling(path: Path) -> Pooling | None:
-    """What sentence-transformers makes an embedding of; None where the model has none."""
-    found = read_json(path / "1_Pooling" / "config.json", required=False)
-    if found.get("pooling_mode_mean_tokens"):
-        return "mean"
-    return "first" if found.get("pooling_mode_cls_token") else None
+# What sentence-transformers calls a way to make one vector of all token states.
+_POOLINGS: Mapping[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+}
+
+
+def _pooling(path: Path, task: str | None) -> Pooling | None:
+    """What sentence-transformers makes an embedding of; None where the model has none.
+
+    Raises:
+        CheckpointError: an embedding is wanted, and is made in a way that is not known here.
+    """
+    found = read_json(path / POOLING, required=False)
+    if not found or task not in (None, "embedding"):
+        return None
+    modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on is True]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise _no_embedding(POOLING, f"names {' and '.join(modes) or 'none'}")
+    if (path / DENSE).is_file():
+        raise _no_embedding(DENSE, "says that a linear layer follows")
+    return _POOLINGS[modes[0]]
+
+
+def _no_embedding(file: str, came: str) -> CheckpointError:
+    return CheckpointError(
+        expected="embeddings that are the mean or the first of the token states, and nothing more",
+        came=f"{file} {came}",
+        todo="choose --task hidden, and pool the token states yourself",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -79,7 +80,7 @@ def encoder_shape_from_config(
         num_kv_heads=integer(config, "num_key_value_heads", heads),
         head_dim=head_dim,
         intermediate_size=_intermediate_size(config, hidden),
-        norm_eps=number(config, family.eps_key, 1e-12),
+        norm_eps=number(config, family.eps_key, family.eps),
         layer_cycle=(LayerKind(global_rope(config, head_dim) if family.rope else None),),
         norm=family.norm,
         pre_norm=family.pre_norm,
@@ -125,7 +126,10 @@ def _input(family: EncoderFamily, config: Mapping[str, Any]) -> TokenInput | Pat
 def _intermediate_size(config: Mapping[str, Any], hidden: int) -> int:
     """DINOv2 gives its ratio to the hidden size; its key `intermediate_size` says nothing."""
     if config.get("mlp_ratio") is not None:
-        return int(hidden * number(config, "mlp_ratio"))
+        ratio = number(config, "mlp_ratio")
+        if not 0 < ratio < math.inf:
+            raise wrong_type("mlp_ratio", ratio, "a positive number")
+        return int(hidden * ratio)
     return integer(config, "intermediate_size", 4 * hidden)
 
 
@@ -144,6 +148,8 @@ def _task(
     family: EncoderFamily, config: Mapping[str, Any], task: str | None, pooling: Pooling | None
 ) -> Task:
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise wrong_type("architectures", names, "a list")
     has_head = any(str(name).endswith(_CLASSIFIERS) for name in names)
     if task is None:
         known = has_head and family.head is not None

@@ -30,6 +30,7 @@ class EncoderFamily:
         rope: queries and keys are rotated.
         norm: LayerNorm or RMSNorm.
         eps_key: config key of its epsilon.
+        eps: what transformers takes for a config without that key.
         embedding_norm: the sum of the embeddings is normalised.
         pre_norm: see `EncoderShape`.
         gated: likewise.
@@ -52,6 +53,7 @@ class EncoderFamily:
     rope: bool = False
     norm: Norm = "layer"
     eps_key: str = "layer_norm_eps"
+    eps: float = 1e-12
     embedding_norm: bool = False
     pre_norm: bool = False
     gated: bool = False
@@ -131,6 +133,7 @@ ENCODER_FAMILIES: dict[str, EncoderFamily] = {
             "dinov2",
             examples="DINOv2",
             reads_images=True,
+            eps=1e-6,
             pre_norm=True,
             qkv_bias="qkv_bias",
             layer_scale=True,
@@ -155,6 +158,7 @@ ENCODER_FAMILIES: dict[str, EncoderFamily] = {
             rope=True,
             norm="rms",
             eps_key="rms_norm_eps",
+            eps=1e-5,
             pre_norm=True,
             gated=True,
             bias=False,

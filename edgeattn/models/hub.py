@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from typing import Any
 from edgeattn import __version__
 from edgeattn.errors import CheckpointError, EdgeattnError, MissingDependencyError
 from edgeattn.models.checkpoint import (
+    ENCODER_FILES,
     TEXT_FILES,
     Checkpoint,
     checkpoint_name,
@@ -27,9 +28,8 @@ from edgeattn.models.checkpoint import (
     read_shape,
 )
 from edgeattn.models.hub_errors import no_hub, refusal
+from edgeattn.models.hub_progress import Progress, byte_counter
 from edgeattn.shape import ModelShape
-
-Progress = Callable[[int, int], None]
 
 # The hub's own rules: letters, digits, "_", "-" and "."; the last two never at an end of a name.
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
@@ -38,7 +38,7 @@ _BRANCH = "main"  # what the hub shows where no revision is named
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_SMALL = (_CONFIG, "generation_config.json", *TEXT_FILES)
+_SMALL = (_CONFIG, "generation_config.json", *TEXT_FILES, *ENCODER_FILES)
 _TIMEOUT_S = 20.0  # for the list of files; huggingface_hub has its own for files
 
 
@@ -70,7 +70,8 @@ class Snapshot:
     Attributes:
         hub_id: what was asked for.
         path: folder in the cache.
-        sizes: bytes of the files in the repository's top folder; offline of those in the cache.
+        sizes: bytes of the files in the repository's top folder and of `ENCODER_FILES`; offline of
+            those in the cache's top folder.
     """
 
     hub_id: HubId
@@ -161,9 +162,13 @@ def open_model(
 
 
 def fetch_config(hub_id: HubId, *, offline: bool = False) -> Snapshot:
-    """Makes sure that the cache holds config.json; nothing else is fetched."""
+    """Makes sure that the cache holds config.json, and what lies beside an encoder's."""
     with _refusals(hub_id):
-        return _cached(hub_id) if _is_offline(offline) else _resolve(hub_id)
+        if _is_offline(offline):
+            return _cached(hub_id)
+        snapshot = _resolve(hub_id)
+        _download(snapshot, [name for name in ENCODER_FILES if name in snapshot.sizes], None)
+        return snapshot
 
 
 def fetch_checkpoint(
@@ -201,7 +206,7 @@ def _resolve(hub_id: HubId) -> Snapshot:
 
 
 def _list(repository: str, revision: str) -> tuple[str, dict[str, int]]:
-    """The commit of a revision and the files in its top folder, with their sizes."""
+    """The commit of a revision, and sizes of the files in its top folder and of an encoder's."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="edgeattn", library_version=__version__)
@@ -213,7 +218,8 @@ def _list(repository: str, revision: str) -> tuple[str, dict[str, int]]:
         raise no_hub(api.endpoint) from error
     if info.sha is None or info.siblings is None:
         raise no_hub(api.endpoint)
-    return info.sha, {s.rfilename: s.size or 0 for s in info.siblings if "/" not in s.rfilename}
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings}
+    return info.sha, {n: size for n, size in sizes.items() if "/" not in n or n in ENCODER_FILES}
 
 
 def _weights(snapshot: Snapshot) -> list[str]:
@@ -234,7 +240,7 @@ def _download(snapshot: Snapshot, names: list[str], progress: Progress | None) -
     missing = [name for name in names if not (snapshot.path / name).exists()]
     total = sum(snapshot.sizes[name] for name in missing)
     _check_space(snapshot, total)
-    counter = _counter(total, progress)
+    counter = byte_counter(total, progress)
     for name in missing:
         _get(snapshot.hub_id, name, snapshot.commit, counter)
     for name in names:
@@ -251,7 +257,7 @@ def _get(hub_id: HubId, name: str, revision: str, counter: type[Any] | None = No
         revision=revision,
         library_name="edgeattn",
         library_version=__version__,
-        tqdm_class=counter or _counter(0, None),
+        tqdm_class=counter or byte_counter(0, None),
     )
     return Path(path)
 
@@ -343,38 +349,6 @@ def _check_size(path: Path, size: int) -> None:
             came=f"it has {found}",
             todo=f"remove {path.resolve()} and run again",
         )
-
-
-def _counter(total: int, progress: Progress | None) -> type[Any]:
-    """A class that huggingface_hub takes for a progress bar, one instance per file.
-
-    Bytes that reach the disk are counted, not those on the wire: hf_xet reports both.
-    """
-
-    class Counter:
-        done = 0
-
-        def __init__(self, *args: object, initial: int = 0, **options: object) -> None:
-            self.total = self.n = 0
-            self.update(initial)
-
-        def update(self, count: float | None = 1) -> None:
-            Counter.done += int(count or 0)
-            if progress and total:
-                progress(min(Counter.done, total), total)
-
-        def __enter__(self) -> Counter:
-            return self
-
-        def __exit__(self, *raised: object) -> None:
-            pass
-
-        def _ignore(self, *args: object, **options: object) -> None:
-            pass
-
-        update_transfer = set_postfix_str = set_transfer_postfix_str = refresh = close = _ignore
-
-    return Counter
 
 
 def _no_safetensors(snapshot: Snapshot) -> CheckpointError:

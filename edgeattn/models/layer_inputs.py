@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +54,26 @@ class LayerInputs:
 
     rotary: tuple[Tensor, Tensor] | None
     keys: Tensor | KeyCounts | PackedKeys | StaticKeys
+
+    def to(self, device: torch.device | int | str) -> LayerInputs:
+        """The same on a device; accelerate asks for it where blocks lie on several GPUs."""
+        return _moved(self, device)
+
+
+_Held = TypeVar("_Held")
+
+
+def _moved(value: _Held, device: torch.device | int | str) -> _Held:
+    """Tensors on a device, and what holds them."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = value.to(device)
+    elif isinstance(value, tuple):
+        found = tuple(_moved(x, device) for x in value)
+    elif isinstance(value, LayerInputs | KeyCounts | PackedKeys | StaticKeys):
+        held = {f.name: _moved(getattr(value, f.name), device) for f in fields(value)}
+        found = replace(value, **held)
+    return cast("_Held", found)
 
 
 def layer_inputs(

@@ -107,8 +107,9 @@ class _Graph:
         self.inputs = graph.input
         self.arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            held = [a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"]
+            if held:
+                self.arrays[node.output[0]] = numpy_helper.to_array(held[0])
         self.initializers = {t.name for t in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
         self.nodes = list(graph.node)
@@ -122,6 +123,9 @@ class _Graph:
             return cls(onnx.load(path))
         except (DecodeError, ValueError, OSError) as error:
             raise _refused(f"an ONNX graph in {path}", "it does not parse") from error
+        except onnx.checker.ValidationError as error:
+            came = "a file of its external data is missing or damaged"
+            raise _refused(f"an ONNX graph in {path}, whole", came) from error
 
     def prefix(self) -> str:
         """What stands before Hugging Face's names, such as "backbone."."""
@@ -162,13 +166,17 @@ class _Graph:
         patches = arrays.get("embeddings.patch_embeddings.projection.weight")
         block = "encoder.layer.0."
         up = arrays.get(f"{block}mlp.fc1.bias")
-        if patches is None or up is None or f"{block}layer_scale1.lambda1" not in arrays:
-            raise _refused("the layers of DINOv2 behind the class token", "some are missing")
+        is_whole = f"{block}layer_scale1.lambda1" in arrays
+        if patches is None or up is None or (patches.ndim, up.ndim) != (4, 1) or not is_whole:
+            raise _refused(
+                "the layers of DINOv2 behind the class token",
+                "some are missing or of another shape",
+            )
         if not any(node.op_type == "Erf" for node in self.nodes):
             raise _refused("an MLP with activation gelu", "the graph has no Erf")
         layers = {name.split(".")[2] for name in arrays if name.startswith("encoder.layer.")}
         ratio = len(up) / patches.shape[0]
-        size = [d.dim_value for d in self.inputs[0].type.tensor_type.shape.dim][2:]
+        size = [d.dim_value for i in self.inputs for d in i.type.tensor_type.shape.dim][2:]
         if len(self.inputs) != 1 or len(size) != 2 or not all(size):
             raise _refused("one input, images of a fixed size", "the graph has another one")
         return {

@@ -10,7 +10,6 @@ from edgeattn.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
-    from edgeattn.planner.lowering import Lowering
     from edgeattn.recipe import Recipe
 
 
@@ -30,21 +29,16 @@ def golden_file(bundle: Bundle, name: str) -> Path:
     return file
 
 
-def require_uncalibrated(recipe: Recipe, lowering: Lowering) -> None:
-    """Refuses to make a model again whose weights were chosen on a text.
-
-    Args:
-        recipe: of the bundle.
-        lowering: likewise.
+def require_uncalibrated(recipe: Recipe) -> None:
+    """Refuses to make a model of a bundle's recipe again whose weights were chosen on a text.
 
     Raises:
         UsageError: some were.
     """
     if recipe.needs_calibration:
-        chosen = lowering.scheme.label if lowering.scheme.needs_calibration else lowering.variant
         raise UsageError(
             expected="a bundle whose weights follow from the checkpoint alone",
-            came=f"{chosen} chose some on a calibration text",
+            came=f"{recipe.calibrated_part} chose some on a calibration text",
             todo="verify it without --checkpoint, against the golden vectors in the bundle",
         )
 

@@ -146,16 +146,25 @@ def _about(
         if lossy
         else "none: KV heads are copies"
     )
-    for index, layer in enumerate(layers):
-        copies = layer.members.numel() // before.num_kv_heads
-        groups = " | ".join(
-            " ".join(str(m // copies) for m in row) for row in layer.members.tolist()
+    for row in (records := [_record(*item, before) for item in enumerate(layers)]):
+        groups = " | ".join(" ".join(map(str, group)) for group in row["groups"])
+        notes[f"layer {row['layer']}"] = (
+            f"KV heads {groups}; averages lose {row['key_loss']:.0%} of the keys and "
+            f"{row['value_loss']:.0%} of the values"
         )
-        notes[f"layer {index}"] = (
-            f"KV heads {groups}; averages lose {layer.key_loss:.0%} of the keys and "
-            f"{layer.value_loss:.0%} of the values"
-        )
+    notes["layers"] = records
     return notes
+
+
+def _record(index: int, layer: LayerGroups, before: ModelShape) -> dict[str, Any]:
+    """A layer for the report: heads of the checkpoint by group, and shares that averages lose."""
+    copies = layer.members.numel() // before.num_kv_heads
+    return {
+        "layer": index,
+        "groups": [[head // copies for head in group] for group in layer.members.tolist()],
+        "key_loss": round(layer.key_loss, 4),
+        "value_loss": round(layer.value_loss, 4),
+    }
 
 
 def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
@@ -163,9 +172,13 @@ def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
 
     Raises:
         RuntimeInputError: the text is too short.
+        MissingDependencyError: the machine's GPUs cannot be used together.
     """
     from edgeattn.calibration.windows import token_ids, token_windows
     from edgeattn.transforms.recover import STEP_TOKENS, WINDOW_LENGTH
+    from edgeattn.transforms.spread import training_devices
+
+    training_devices()  # refused before heads are compared, which takes minutes
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -197,9 +210,8 @@ def _recovered(
     made_from: Mapping[str, Any],
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    import torch
-
     from edgeattn.transforms.recover import LEARNING_RATE, recover
+    from edgeattn.transforms.spread import training_devices
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
@@ -214,6 +226,6 @@ def _recovered(
         made_from={**made_from, **made_before(recipe)},
         learning_rate=recipe.finetune_lr or LEARNING_RATE,
         progress=clock.count,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        devices=training_devices(),
     )
     return trained, {"text": Path(recipe.finetune_text).name, **report.to_dict()}

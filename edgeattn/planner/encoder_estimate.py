@@ -7,14 +7,14 @@ and a ViT-S/14 (12 layers, from its ONNX file): peaks of 684 MB for cpu, and of 
 
 from __future__ import annotations
 
-from edgeattn.encoder_shape import EncoderShape, TokenInput
+from edgeattn.encoder_shape import AnyShape, EncoderShape, TokenInput
 from edgeattn.planner.calibration import (
     calibration_bytes,
     calibration_seconds,
     window_length,
     work_bytes,
 )
-from edgeattn.planner.estimate import Estimate
+from edgeattn.planner.estimate import RTX_BASE_MEMORY, Estimate, tensorrt_build_bytes
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import DTYPE_BYTES, matrix_bytes
 
@@ -31,6 +31,11 @@ _START_S, _TRACE_S = 2.1, 3.4
 _WRITTEN_BYTES_PER_S = 300e6
 _REFERENCE_PER_S, _ONNXRUNTIME_PER_S = 38e6, 27e6
 _RTX_START_S, _RTX_BLOCK_S = 0.6, 0.28
+# What building an engine takes beside its base: copies of the weights, and bytes per block. Of both
+# models in fp16, w8-rtn and w4-rtn, 336 to 434 MB were measured, at most 5 % less than this.
+_BUILT_COPIES, _BUILT_BLOCK_BYTES = 2.5, 7_000_000
+# Tensors of an MLP that are alive together: before and behind its activation, or as a decoder's.
+_MLP_TENSORS, _GATED_TENSORS = 2, 4
 
 
 def encoder_weight_bytes(shape: EncoderShape, lowering: Lowering) -> int:
@@ -45,6 +50,42 @@ def encoder_weight_bytes(shape: EncoderShape, lowering: Lowering) -> int:
     frequencies = 4 * sum(rope.dim // 2 for rope in shape.ropes)
     stored = sum(matrix_bytes(n, k, format, wide) for n, k, format in matrices)
     return stored + rest * wide + frequencies
+
+
+def build_bytes(shape: AnyShape, lowering: Lowering) -> int:
+    """Memory of the process that builds an engine; of a decoder `tensorrt_build_bytes`."""
+    if not isinstance(shape, EncoderShape):
+        return tensorrt_build_bytes(shape, lowering)
+    weights = encoder_weight_bytes(shape, lowering)
+    return int(RTX_BASE_MEMORY + _BUILT_COPIES * weights + _BUILT_BLOCK_BYTES * shape.num_layers)
+
+
+def encoder_activation_bytes(shape: EncoderShape, lowering: Lowering) -> int:
+    """Bytes per token of the tensors that are alive together, at the step of a block that has most.
+
+    As `edgeattn.planner.fit` counts a decoder's: beside the residual stream these are the MLP's, or
+    what attention reads, or fp32 scores of attention that is spelled out, and its values.
+    """
+    wide = DTYPE_BYTES[lowering.dtype]
+    always = shape.hidden_size + sum(rope.dim for rope in shape.ropes)
+    mlp = (_GATED_TENSORS if shape.gated else _MLP_TENSORS) * shape.intermediate_size
+    heads = 2 * (shape.q_size + shape.kv_size)  # one of q, k and v is being transposed
+    scores = 0
+    if lowering.attention == "primitive":
+        context = lowering.context or shape.max_context
+        scores = 2 * 4 * shape.num_heads * context + shape.q_size * wide
+    return always * wide + max(mlp * wide, heads * wide, scores)
+
+
+def encoder_output_bytes(shape: EncoderShape, lowering: Lowering) -> int:
+    """Bytes of a row of what the graph gives."""
+    context = lowering.context or shape.max_context
+    numbers = {
+        "hidden": context * shape.hidden_size,
+        "embedding": shape.hidden_size,
+        "classification": shape.num_labels,
+    }
+    return numbers[shape.task] * DTYPE_BYTES[lowering.dtype]
 
 
 def estimate_encoder(

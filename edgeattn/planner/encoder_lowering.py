@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgeattn.devices.registry import Target
-from edgeattn.encoder_shape import EncoderShape, PatchInput
+from edgeattn.encoder_shape import AnyShape, EncoderShape, PatchInput
 from edgeattn.errors import LoweringError
-from edgeattn.planner.lowering import Lowering, check_groups, check_rotated, fit_head_dim
+from edgeattn.planner.lowering import (
+    Lowering,
+    check_groups,
+    check_rotated,
+    fit_head_dim,
+    fit_lowering,
+)
 from edgeattn.quant.scheme import Scheme
 
 
@@ -45,6 +51,13 @@ def fit_encoder_lowering(lowering: Lowering, shape: EncoderShape, target: Target
     # Which layers to keep is chosen by the loss of the next token.
     plain = replace(plain, scheme=replace(lowering.scheme, keep=0.0))
     return fit_head_dim(plain, shape.head_dim, target.software.graph)
+
+
+def fit_any_lowering(lowering: Lowering, shape: AnyShape, target: Target) -> Lowering:
+    """`fit_encoder_lowering` or `fit_lowering`, as the model is one or the other."""
+    if isinstance(shape, EncoderShape):
+        return fit_encoder_lowering(lowering, shape, target)
+    return fit_lowering(lowering, shape, target)
 
 
 def _refuse_decoding(lowering: Lowering, shape: EncoderShape) -> None:

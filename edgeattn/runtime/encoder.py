@@ -122,6 +122,12 @@ class EncoderSession:
         if ids.shape[1] > self._context:
             raise self._too_long(ids.shape[1])
         mask = np.ones_like(ids) if attention_mask is None else check_mask(attention_mask, ids)
+        if not mask.any(axis=1).all():
+            raise RuntimeInputError(
+                expected="at least one token in each row of attention_mask",
+                came="a row is all padding",
+                todo="leave that row out",
+            )
         ids = ids * mask  # an id at padding may be a marker such as -100
         _check_below("input_ids", ids, read.vocab_size)
         feeds = {"input_ids": ids, "attention_mask": mask}
@@ -162,18 +168,17 @@ class EncoderSession:
         """Token ids and attention mask of texts, `[B, T]` each, padded on the right.
 
         Raises:
-            RuntimeInputError: no text, or one that is longer than the context.
+            RuntimeInputError: no text, or one that is empty or longer than the context.
             BundleError: the bundle has no tokenizer.
         """
         rows = [self.text.encode(text) for text in texts]
-        longest = max(map(len, rows), default=0)
-        if longest == 0:
+        if not rows or not all(rows):
             raise RuntimeInputError(
                 expected="texts of at least one token",
                 came="there is none" if not rows else "one is empty",
                 todo="pass a text",
             )
-        if longest > self._context:
+        if (longest := max(map(len, rows))) > self._context:
             raise self._too_long(longest)
         mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)
         ids = np.array([row + [0] * (longest - len(row)) for row in rows], np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from edgeattn.models.model import Model, ModelWeights, load_decoder
 from edgeattn.models.stream import perplexity
 from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.scheme import WeightFormat
+from edgeattn.transforms.spread import spread
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +40,7 @@ _WARM_UP, _WARM_UP_SHARE = 20, 0.1
 _BETAS, _CLIP = (0.9, 0.95), 1.0
 # Writing the state takes as long as a step or more.
 _SAVE_SECONDS = 120.0
+_CPU = (torch.device("cpu"),)
 _FP32: Any = {"weight_dtype": torch.float32, "compute_dtype": torch.float32}
 
 
@@ -79,7 +81,7 @@ def _refusing_a_full_gpu() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeInputError(
-            expected="memory of the GPU for two models in fp32 and the state of AdamW",
+            expected="memory of the GPUs for two models in fp32 and the state of AdamW",
             came="there is too little",
             todo="set CUDA_VISIBLE_DEVICES= to train on the CPU; what was saved goes on there",
         ) from error
@@ -96,7 +98,7 @@ def recover(
     made_from: Mapping[str, Any],
     learning_rate: float = LEARNING_RATE,
     progress: Progress | None = None,
-    device: str | torch.device = "cpu",
+    devices: Sequence[torch.device] = _CPU,
 ) -> tuple[Model, RecoverReport]:
     """Trains the blocks of a transformed model to give the original's predictions.
 
@@ -110,7 +112,7 @@ def recover(
         made_from: JSON-ready values that say what the result depends on.
         learning_rate: the highest, after a short rise; then it falls as a cosine does.
         progress: called with (steps done, all steps).
-        device: where to compute.
+        devices: where to compute; both models are spread over several (`spread`).
 
     Returns:
         The trained model, or `model` where training did no good.
@@ -122,12 +124,12 @@ def recover(
     """
     train, held = split_windows(windows)
     made_from = {**made_from, "steps": steps, "learning_rate": learning_rate}
-    training = _Training(model, state_file, made_from, device)
+    training = _Training(model, state_file, made_from, devices)
     batches = step_windows(train, steps)
     if training.done < steps:
-        teacher = load_decoder(original, **_FP32).to(device)
+        teacher = spread(load_decoder(original, **_FP32), devices)
         for step in range(training.done, steps):
-            ids = train[batches[step]].to(device)
+            ids = train[batches[step]].to(devices[0])
             training.step(teacher, ids, learning_rate * rate_share(step, steps))
             training.save(finished=step + 1 == steps)
             if progress:
@@ -174,11 +176,15 @@ class _Training:
         model: to start from, where there is no state.
         file: of the state.
         made_from: what it must be of.
-        device: where to compute.
+        devices: where to compute.
     """
 
     def __init__(
-        self, model: Model, file: Path, made_from: Mapping[str, Any], device: str | torch.device
+        self,
+        model: Model,
+        file: Path,
+        made_from: Mapping[str, Any],
+        devices: Sequence[torch.device],
     ) -> None:
         self._file, self._made_from = file, made_from
         self._saved = time.monotonic()
@@ -187,7 +193,7 @@ class _Training:
         self.seconds: float = about["seconds"]
         if state and not any(name.startswith("mean/") for name in state):
             return  # it is finished
-        self._student = load_decoder(model, **_FP32).to(device)
+        self._student = spread(load_decoder(model, **_FP32), devices)
         self._student.layers.requires_grad_()
         self._trained = {
             name: value for name, value in self._student.named_parameters() if value.requires_grad

@@ -16,11 +16,11 @@ from edgeattn.planner.lowering import Lowering
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
 from edgeattn.verify.drive import Tensors
-from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases
+from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases, run_cases
 from edgeattn.verify.failures import overflow_error
 from edgeattn.verify.ort_backend import rewritten
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
-from edgeattn.verify.verify import Progress, Verification, with_tensorrt
+from edgeattn.verify.verify import Progress, Verification, staged, with_tensorrt
 
 if TYPE_CHECKING:
     import torch
@@ -137,12 +137,15 @@ def _check_onnxruntime(
     progress: Progress | None,
 ) -> Agreement:
     """The bundle's own file; run again with the residual stream where the first error is sought."""
+    stage = staged(progress, "ONNX Runtime")
     backend = EncoderBackend(model_file, lowering, provider=provider)
-    agreement = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    found = run_cases(backend.run, golden.cases, stage)
+    agreement = compare(backend.name, found, golden, lowering)
     if agreement.passed:
         return agreement
     backend = EncoderBackend(model_file, lowering, hidden=True, provider=provider)
-    detailed = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    found = run_cases(backend.run, golden.cases, stage)
+    detailed = compare(backend.name, found, golden, lowering)
     place = locate(detailed.comparisons, shape.num_layers, last="what follows the last layer")
     return replace(detailed, first_bad=place)
 
@@ -188,18 +191,6 @@ _NUMPY: Mapping[str, npt.DTypeLike] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
-
-
-def _run(
-    backend: EncoderBackend, cases: Sequence[EncoderCase], progress: Progress | None
-) -> Tensors:
-    found: Tensors = {}
-    for done, case in enumerate(cases, start=1):
-        for name, value in backend.run(case.inputs).items():
-            found[f"{case.name}.{name}"] = case.kept(value)
-        if progress:
-            progress("ONNX Runtime", done, len(cases))
-    return found
 
 
 def _run_torch(

@@ -25,6 +25,7 @@ pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants
 
 from edgeattn.errors import CheckpointError, MissingDependencyError
+from edgeattn.models.encoder_checkpoint import read_encoder_shape
 from edgeattn.models.hub import (
     HubId,
     fetch_checkpoint,
@@ -67,9 +68,8 @@ class FakeHub:
 
     def fetched(self) -> set[str]:
         """Names of the files whose content was asked for."""
-        return {
-            r.rpartition("/")[2] for r in self.asked if r.startswith("GET") and "/resolve/" in r
-        }
+        asked = (r.partition("/resolve/")[2] for r in self.asked if r.startswith("GET"))
+        return {r.partition("/")[2] for r in asked if r}
 
     def answer(self, method: str, path: str) -> tuple[Refused, dict[str, str], bytes]:
         """Status, headers and content for a request."""
@@ -79,8 +79,8 @@ class FakeHub:
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self._listed("/".join(parts[2:4]), parts[5])
-        if len(parts) == 5 and parts[2] == "resolve":
-            return self._file("/".join(parts[:2]), parts[3], parts[4])
+        if len(parts) > 4 and parts[2] == "resolve":
+            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return Refused(404), {}, b""
 
     def _listed(self, name: str, revision: str) -> tuple[Refused, dict[str, str], bytes]:
@@ -247,6 +247,23 @@ def test_the_configuration_alone(hub: FakeHub, tiny: Path) -> None:
     assert hub.fetched() == {"config.json"}
     assert fetch_config(TINY, offline=True) == snapshot
     assert "the cache holds only a part of it" in refusal(offline=True)
+
+
+def test_what_an_embedding_is_made_of_comes_with_an_encoder(hub: FakeHub, tiny: Path) -> None:
+    """Else a model that pools its first token would be given the mean, which is another vector."""
+    bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2}
+    bert |= {"num_attention_heads": 4, "vocab_size": 100}
+    (tiny / "config.json").write_text(json.dumps(bert))
+    (tiny / "preprocessor_config.json").write_text("{}")
+    (tiny / "1_Pooling").mkdir()
+    (tiny / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    shape = read_encoder_shape(TINY.repository)
+    assert (shape.task, shape.pooling) == ("embedding", "first")
+    assert "model.safetensors" not in hub.fetched()
+    fetch_checkpoint(TINY)
+    assert hub.fetched() >= {"preprocessor_config.json", "1_Pooling/config.json"}
+    assert not any("onnx" in name for name in hub.fetched())
+    assert read_encoder_shape(TINY.repository, offline=True) == shape
 
 
 def test_the_cache_serves_the_second_time(hub: FakeHub, tiny: Path) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgeattn.errors import CheckpointError
 from edgeattn.models.encoder_checkpoint import is_encoder, open_encoder
@@ -38,6 +38,47 @@ def test_it_gives_the_states_that_the_file_gives(vit_small: Path) -> None:
     with torch.inference_mode():
         found = load_encoder(model, **dtypes)(torch.from_numpy(pixels)).output.numpy()
     assert relative_error(found.reshape(-1, 384), expected.reshape(-1, 384)) < 1e-5
+
+
+_UP = "backbone.encoder.layer.0.mlp.fc1.bias"
+_PATCHES = "backbone.embeddings.patch_embeddings.projection.weight"
+
+
+def _changed(vit_small: Path, path: Path, name: str, value: np.ndarray | None) -> Path:
+    """The file with another initialiser, or one whose data lies in a file that is not there."""
+    proto = onnx.load(vit_small)
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    if value is not None:
+        tensor.CopyFrom(numpy_helper.from_array(value, name))
+    else:
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="nowhere.bin")
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (_UP, np.float32(1), "of another shape"),
+        (_PATCHES, np.zeros(384, np.float32), "of another shape"),
+        (_UP, None, "external data is missing"),
+    ],
+)
+def test_a_damaged_backbone_is_refused(
+    name: str, value: np.ndarray | None, said: str, vit_small: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        open_encoder(_changed(vit_small, tmp_path / "model.onnx", name, value))
+
+
+def test_a_backbone_without_an_input_is_refused(vit_small: Path, tmp_path: Path) -> None:
+    proto = onnx.load(vit_small)
+    del proto.graph.input[:]
+    proto.graph.node.append(helper.make_node("Constant", [], ["empty"]))
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckpointError, match="one input, images of a fixed size"):
+        open_encoder(tmp_path / "model.onnx")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ MARGINS = {
     "bottom": BOTTOM,
 }
 _MOST_TICKS = 5
+# Points of the curve of training; each is a mean, as single steps differ by their texts.
+_TRAINING_POINTS = 10
 # From here on tokens are counted by the thousand, which leaves the labels short.
 _MANY = 10_000
 
@@ -78,6 +80,42 @@ class Plot(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     joined: bool = True
+
+
+def plots(report: Mapping[str, Any]) -> list[Plot]:
+    """All that the report has numbers for: those that were measured first."""
+    measured = (density_plot(report), training_plot(report))
+    return [plot for plot in measured if plot is not None] + cost_plots(report)
+
+
+def training_plot(report: Mapping[str, Any]) -> Plot | None:
+    """Recovery training: divergence from the original against the steps, as means of a few."""
+    losses = report["transforms"].get("recovery training", {}).get("losses", ())
+    if not losses:
+        return None
+    each = -(-len(losses) // _TRAINING_POINTS)
+    parts = [losses[begin : begin + each] for begin in range(0, len(losses), each)]
+    points = [
+        (min((i + 1) * each, len(losses)), sum(part) / len(part)) for i, part in enumerate(parts)
+    ]
+    ticks = _ticks(max(loss for _, loss in points))
+    drawn = [
+        Point(_across(step / len(losses)), _up(loss / ticks[-1]), f"{loss:.4g} at step {step:,}")
+        for step, loss in points
+    ]
+    return Plot(
+        "training",
+        "Recovery training",
+        f"Measured on the text it learned from, before each step; a point is the mean of {each} "
+        "steps up to its place.",
+        "steps",
+        "divergence from the original [nats]",
+        [(_across(share), f"{share * len(losses):,.0f}") for share in (0, 0.5, 1)],
+        _scale(ticks),
+        [Line("next token's distribution", drawn)],
+        ["Steps", "Divergence"],
+        [[f"{step:,}", f"{loss:.4g}"] for step, loss in points],
+    )
 
 
 def cost_plots(report: Mapping[str, Any]) -> list[Plot]:

@@ -49,9 +49,26 @@ class HeatMap(NamedTuple):
 def heat_maps(report: Mapping[str, Any]) -> list[HeatMap]:
     """All that the report has numbers for."""
     notes = report["transforms"]
-    found = _polynomials(notes.get("polynomial heads", {}))
+    found = _regrouped(notes.get("regrouped heads", {}))
+    found += _polynomials(notes.get("polynomial heads", {}))
     found += _activity(notes.get("head sparsity", {}))
     return found + _sensitivity(notes.get("sensitivity (nats)", {}))
+
+
+def _regrouped(notes: Mapping[str, Any]) -> list[HeatMap]:
+    rows = notes.get("layers", ())
+    if not any(len(group) > 1 for row in rows for group in row["groups"]):
+        return []
+    losses = [(row["layer"], [row["key_loss"], row["value_loss"]], ["", ""]) for row in rows]
+    found = _by_head(
+        "What averages of KV heads lose",
+        "Share of the energy of a layer's keys, and of its values, that averages of the aligned "
+        "heads do not have, on the calibration text and before any training.",
+        losses,
+        _SHARES,
+        _percent,
+    )
+    return [found._replace(columns=["keys", "values"])]
 
 
 def _polynomials(notes: Mapping[str, Any]) -> list[HeatMap]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from edgeattn.verify.report.curves import MARGINS, cost_plots, density_plot
+from edgeattn.verify.report.curves import MARGINS, plots
 from edgeattn.verify.report.heat_maps import heat_maps
 from edgeattn.verify.report.summary import budget, command, fallbacks, key_figures
 from edgeattn.verify.report.tables import (
@@ -15,6 +15,7 @@ from edgeattn.verify.report.tables import (
     graph_rows,
     layer_rows,
     note_tables,
+    recipe_rows,
     size_rows,
 )
 
@@ -44,8 +45,6 @@ def report_html(report: Mapping[str, Any]) -> str:
         agreements=agreements(report),
         budget=budget(report),
         command=command(report),
-        cost_plots=cost_plots(report),
-        density_plot=density_plot(report),
         fallbacks=fallbacks(report),
         graph_rows=_written(graph_rows(report)),
         heat_maps=heat_maps(report),
@@ -53,8 +52,9 @@ def report_html(report: Mapping[str, Any]) -> str:
         layers=layer_rows(report),
         notes=note_tables(report),
         plot_size=MARGINS,
+        plots=plots(report),
         quality_rows=_written((report["quality"] or {}).items()),
-        recipe_rows=_written(report["recipe"].items()),
+        recipe_rows=_written(recipe_rows(report)),
         size_rows=size_rows(report),
     )
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 # A table of notes that is longer shows its first rows alone.
 _LONGEST, _FIRST = 40, 20
 # Notes that have a table or a picture of their own.
-_SHOWN_ELSEWHERE = re.compile(r"layers|texts|layer \d+")
+_SHOWN_ELSEWHERE = re.compile(r"layers|texts|losses|layer \d+")
+# Of a graph or a recipe, what only a decoder has.
+_OF_DECODERS = frozenset({"kv_cache", "logits"})
 
 
 class LayerRow(NamedTuple):
@@ -110,15 +112,29 @@ def _inputs(record: Mapping[str, Any]) -> str:
 
 def _head_words(notes: Mapping[str, Any]) -> dict[int, str]:
     """What the heads of a layer take, by its number."""
-    found = {}
+    found = {
+        row["layer"]: _groups(row["groups"])
+        for row in notes.get("regrouped heads", {}).get("layers", ())
+    }
     for row in notes.get("polynomial heads", {}).get("layers", ()):
         taken = sum(degree is not None for degree in row["degree"])
         some = f"{taken} of {len(row['degree'])} take polynomials"
-        found[row["layer"]] = some if taken else "all exact"
+        _add(found, row["layer"], some if taken else "all exact")
     for row in notes.get("head sparsity", {}).get("layers", ()):
         if row["recall"] is not None:
-            found[row["layer"]] = f"router finds {row['recall']:.1%} of the strongest"
+            _add(found, row["layer"], f"router finds {row['recall']:.1%} of the strongest")
     return found
+
+
+def _add(found: dict[int, str], layer: int, words: str) -> None:
+    found[layer] = f"{found[layer]}; {words}" if layer in found else words
+
+
+def _groups(groups: Sequence[Sequence[int]]) -> str:
+    """Which KV heads of the checkpoint became one."""
+    if all(len(group) == 1 for group in groups):
+        return "copies of KV heads " + ", ".join(str(group[0]) for group in groups)
+    return "KV heads averaged: " + ", ".join(" + ".join(map(str, group)) for group in groups)
 
 
 def graph_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -126,9 +142,21 @@ def graph_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     decided = [
         (name.replace("_", " "), value["label"] if name == "scheme" else value)
         for name, value in report["lowering"].items()
-        if value is not None
+        if value is not None and _is_meant(name, report)
     ]
     return [*decided, ("nodes", report["nodes"])]
+
+
+def recipe_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What was asked for, without settings that nothing here reads."""
+    asked = report["recipe"]
+    unused = set() if "calibration" in asked else {"calibration_windows"}
+    return [(n, v) for n, v in asked.items() if n not in unused and _is_meant(n, report)]
+
+
+def _is_meant(name: str, report: Mapping[str, Any]) -> bool:
+    """Whether a setting means something for the model; an encoder has no cache and no logits."""
+    return name not in _OF_DECODERS or report["shape"].get("kind") != "encoder"
 
 
 def size_rows(report: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -179,6 +179,53 @@ def test_a_failure_is_told(content: dict[str, Any], render: Callable[..., Any]) 
     assert "Proven:" not in text
 
 
+def test_regrouped_heads_layer_by_layer(
+    content: dict[str, Any], render: Callable[..., Any]
+) -> None:
+    groups = [[0, 1], [2]]
+    content["transforms"] = {
+        "regrouped heads": {
+            "layer 0": "for the command line",
+            "layers": [{"layer": 0, "groups": groups, "key_loss": 0.3456, "value_loss": 0.5}],
+        }
+    }
+    page = render(content)
+    done = next(text for _, text in page.all("table") if "Layers" in text)
+    assert "KV heads averaged: 0 + 1, 2" in done
+    (lost,) = (text.split() for a, text in page.all("table") if a.get("class") == "heat")
+    assert lost[-8:] == ["layer", "keys", "values", "0", "34.6", "%", "50", "%"]
+    content["transforms"]["regrouped heads"]["layers"][0]["groups"] = [[0], [0], [1], [1]]
+    page = render(content)
+    assert "copies of KV heads 0, 0, 1, 1" in page.all("body")[0][1]
+    assert not [a for a, _ in page.all("table") if a.get("class") == "heat"]
+
+
+def test_training_is_a_curve_of_means(content: dict[str, Any], render: Callable[..., Any]) -> None:
+    losses = [4.0, 2.0] * 6 + [1.0] * 13
+    content["transforms"] = {"recovery training": {"steps": 25, "losses": losses}}
+    page = render(content)
+    (table,) = (text.split() for _, text in page.all("table") if "Divergence" in text)
+    numbers = [float(word) for word in table[-18:]]
+    assert numbers[::2] == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert numbers[1::2] == [3.333, 2.667, 3.333, 2.667, 1, 1, 1, 1, 1]
+    assert "mean of 3 steps" in page.all("body")[0][1]
+    assert "4, 2, 4" not in page.all("body")[0][1]
+
+
+def test_an_encoder_is_said_to_have_no_cache(
+    content: dict[str, Any], render: Callable[..., Any]
+) -> None:
+    asked = {"kv_cache": "growing", "logits": "all", "calibration_windows": 64}
+    content["recipe"] |= asked
+    content["lowering"]["kv_cache"] = "concat"
+    names = {text for _, text in render(content).all("th")}
+    assert names >= {"kv_cache", "kv cache", "logits"}
+    assert "calibration_windows" not in names
+    content["shape"]["kind"] = "encoder"
+    names = {text for _, text in render(content).all("th")}
+    assert not names & {"kv_cache", "kv cache", "logits"}
+
+
 def test_the_command_is_one_that_the_command_line_takes(
     content: dict[str, Any], render: Callable[..., Any]
 ) -> None:
