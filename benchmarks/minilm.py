@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgeattn.pipeline import export
 from edgeattn.quant.scheme import parse_scheme
-from edgeattn.recipe import Recipe
+from edgeattn.recipe import CALIBRATION_WINDOWS, Recipe
 from edgeattn.runtime import EncoderSession
 
 SKIPPED, SHORTEST, QUERIES, CORPUS, TOKENS = 2000, 200, 200, 200, 256
@@ -74,7 +74,7 @@ def main() -> None:
     for name in ("model", "text", "calibration"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--schemes", nargs="+", default=list(GOALS), choices=list(GOALS))
-    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS)
     arguments = parser.parse_args()
     texts = paragraphs(arguments.text.read_text("utf-8-sig"))
     calibration: dict[str, Any] = {
