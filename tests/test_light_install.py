@@ -88,7 +88,7 @@ import importlib, pkgutil, edgeattn
 for name in "bundle", "cli", "devices", "engine", "planner", "runtime", "verify":
     package = importlib.import_module(f"edgeattn.{name}")
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name not in ("edgeattn.verify.reference", "edgeattn.verify.layers"):
+        if module.name.rpartition(".")[2] not in ("reference", "layers", "amplified"):
             importlib.import_module(module.name)
 for name in "errors", "recipe", "shape", "quant.scheme":
     importlib.import_module(f"edgeattn.{name}")
