@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from edgeattn.attention import GroupQueryRequest
 from edgeattn.errors import LoweringError
 from edgeattn.planner.calibration import window_length
+from edgeattn.planner.recurrent import check_attention_kind
 from edgeattn.recipe import Recipe
 from edgeattn.shape import ModelShape
 
@@ -66,10 +67,12 @@ def regrouped_shape(shape: ModelShape, request: GroupQueryRequest | None) -> Mod
         request: None leaves it as it is.
 
     Raises:
-        LoweringError: numbers that do not divide, or that are those of the checkpoint.
+        LoweringError: layers without KV heads, numbers that do not divide, or that are those of
+            the checkpoint.
     """
     if request is None:
         return shape
+    check_attention_kind(request, shape)
     kv_heads = request.kv_heads or shape.num_kv_heads
     heads = request.heads or shape.num_heads
     there = f"{shape.num_heads} query and {shape.num_kv_heads} KV heads"
