@@ -69,7 +69,7 @@ test: $(VENV)/.developer $(HEADERS)/NvInferRuntime.h tools
 # What we promise of old releases: the runtime half on the oldest pair (skips by name where there is no
 # python3.10), the kernels on the oldest Triton.
 test-oldest: $(VENV)/.developer
-	$(BIN)/pytest -rs -m slow tests/test_light_install.py tests/kernels/test_oldest_triton.py $(PYTEST_ARGS)
+	$(BIN)/pytest -rs -m slow tests/test_light_install.py tests/kernels/test_oldest_triton.py $(PYTEST_ARGS) --dist worksteal
 
 lint: lint-style lint-types lint-layers
 lint-style: $(VENV)/.developer

@@ -50,14 +50,14 @@ class Row:
     Attributes:
         attention: values of --attention.
         quant: scheme.
-        more: further options of export.
+        steps: of recovery training, on the calibration text.
         windows, length: of the text that is read.
         density: share of heads that decoding uses.
     """
 
     attention: tuple[str, ...] = ()
     quant: str = "none"
-    more: tuple[str, ...] = ()
+    steps: int = 0
     windows: int = 12
     length: int = 512
     density: float = 1.0
@@ -67,6 +67,7 @@ ROWS = {
     "softmax": Row(),
     "softmax, windows of 2,048": Row(windows=3, length=2048),
     "gqa:kv_heads=1": Row(("gqa:kv_heads=1",)),
+    "gqa:kv_heads=1, 200 steps": Row(("gqa:kv_heads=1",), steps=200),
     "head-sparse:density=8/9": Row(("head-sparse:density=8/9",), density=8 / 9),
     "head-sparse:density=7/9": Row(("head-sparse:density=7/9",), density=7 / 9),
     "fft-rope": Row(("fft-rope",), windows=3, length=2048),
@@ -87,7 +88,9 @@ def exported(name: str, row: Row, calibration: Path) -> Path:
     command += [word for value in row.attention for word in ("--attention", value)]
     if row.attention or row.quant != "none":
         command += ["--calibration", str(calibration)]
-    command += [*row.more, "-o", str(path), "--force"]
+    if row.steps:
+        command += ["--finetune-text", str(calibration), "--finetune-steps", str(row.steps)]
+    command += ["-o", str(path), "--force"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 

@@ -18,6 +18,8 @@ from edgeattn.recurrent import Recurrent
 HIGHEST_DEGREE = 4
 Unit = Literal["heads", "groups"]
 Densities = Literal["uniform", "importance"]
+LionVariant = Literal["lit", "d", "s"]
+FeatureMap = Literal["elu", "silu"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,24 @@ class HeadSparse:
     groups: bool = False
 
 
+@dataclass(frozen=True)
+class Lion:
+    """A layer of an encoder whose attention is edgeattn::BidirectionalLinearAttention.
+
+    Attributes:
+        variant: of its decay (arXiv 2502.16249): "lit" has none, "d" learned one for each head, and
+            "s" tells each head's from the token.
+        feature_map: of queries and keys, which makes them positive: elu(x) + 1, or silu(x) + 1/2
+            with length 1.
+    """
+
+    variant: LionVariant
+    feature_map: FeatureMap
+
+
 # What computes attention over keys and values instead of softmax.
 SoftmaxVariant = FftRope | HeadSparse
-LayerAttention = SoftmaxVariant | Recurrent
+LayerAttention = SoftmaxVariant | Recurrent | Lion
 
 
 def layer_attention(values: Mapping[str, Any] | None) -> LayerAttention | None:
@@ -59,6 +76,8 @@ def layer_attention(values: Mapping[str, Any] | None) -> LayerAttention | None:
         return None
     if "rule" in values:
         return Recurrent(**values)
+    if "feature_map" in values:
+        return Lion(**values)
     return FftRope(**values) if "degree" in values else HeadSparse(**values)
 
 
@@ -157,12 +176,43 @@ class RecurrentRequest:
     needs_calibration = False
 
 
-LayerRequest = FftRopeRequest | HeadSparseRequest | RecurrentRequest
+@dataclass(frozen=True)
+class LionRequest:
+    """`lion`: linear attention in every layer of an encoder, distilled from its softmax.
+
+    Attributes:
+        variant: see `Lion`.
+    """
+
+    variant: LionVariant
+
+    name = "lion"
+    # It learns, on the text of --finetune-text.
+    needs_calibration = False
+
+    @property
+    def label(self) -> str:
+        """The name with its variant."""
+        return _label(self)
+
+    @property
+    def layer(self) -> Lion:
+        """What the layers become, with the feature map of LION's own models."""
+        return Lion(self.variant, "elu" if self.variant == "lit" else "silu")
+
+
+LayerRequest = FftRopeRequest | HeadSparseRequest | RecurrentRequest | LionRequest
 AttentionRequest = GroupQueryRequest | LayerRequest
 
 REQUESTS: Mapping[str, type[AttentionRequest]] = {
     kind.name: kind
-    for kind in (GroupQueryRequest, FftRopeRequest, HeadSparseRequest, RecurrentRequest)
+    for kind in (
+        GroupQueryRequest,
+        FftRopeRequest,
+        HeadSparseRequest,
+        RecurrentRequest,
+        LionRequest,
+    )
 }
 
 
@@ -196,6 +246,12 @@ def parse_attention(text: str) -> AttentionRequest:
             "head-sparse:density=D, the share of heads that stay active",
             "no density was given",
             "write for example head-sparse:density=0.75, or 7/9",
+        )
+    if kind is LionRequest and not values:
+        raise _refused(
+            "lion:variant=V, the decay of its attention",
+            "no variant was given",
+            "write for example lion:variant=d, or lit or s",
         )
     if kind is GroupQueryRequest and not values:
         raise _refused(
@@ -266,6 +322,7 @@ _OPTIONS: Mapping[str, Callable[[str, str], Any]] = {
     "unit": _choice(Unit),
     "layers": _choice(Densities),
     "routers": _file,
+    "variant": _choice(LionVariant),
 }
 _NUMBERS_OF_HEADS = {"kv_heads": _whole(1, _LONGEST), "heads": _whole(1, _LONGEST)}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from edgeattn.attention import Lion
 from edgeattn.errors import CheckpointError
 from edgeattn.shape import LayerKind, ModelShape, Rope, layer_kind
 
@@ -22,6 +23,8 @@ OUTPUTS: Mapping[Task, str] = {
     "classification": "logits",
 }
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Of LION-S and LION-D: the decay of each head, told from a token, or learned.
+DECAY_GATE, DECAY = "self_attn.gate_proj", "self_attn.decay"
 # In the dictionary of a shape, beside those of decoders.
 KIND = "encoder"
 
@@ -201,14 +204,28 @@ class EncoderShape:
         """Width of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one block: name within the block -> (outputs, inputs)."""
+    def with_attention(self, attention: Lion) -> EncoderShape:
+        """The same encoder with another attention in every layer."""
+        return replace(
+            self,
+            layer_cycle=tuple(replace(kind, attention=attention) for kind in self.layer_cycle),
+        )
+
+    def linears(self, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: name within the block -> (outputs, inputs).
+
+        Args:
+            kind: of the layer; None for that of the first.
+        """
         d, f = self.hidden_size, self.intermediate_size
+        attention = (kind or self.layer_kind(0)).attention
+        decay = isinstance(attention, Lion) and attention.variant == "s"
         gate = {"mlp.gate_proj": (f, d)} if self.gated else {}
         return {
             "self_attn.q_proj": (self.q_size, d),
             "self_attn.k_proj": (self.kv_size, d),
             "self_attn.v_proj": (self.kv_size, d),
+            **({DECAY_GATE: (self.num_heads, d)} if decay else {}),
             "self_attn.o_proj": (d, self.q_size),
             **gate,
             "mlp.up_proj": (f, d),
@@ -218,21 +235,34 @@ class EncoderShape:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model."""
-        d, linears = self.hidden_size, self.linears()
+        d, read = self.hidden_size, self.input
         norm = 2 * d if self.norm == "layer" else d
-        block = sum(n * k for n, k in linears.values()) + 2 * norm
-        block += sum(
-            n for name, (n, _) in linears.items() if (self.qkv_bias if name in QKV else self.bias)
+        blocks = sum(
+            self._block_parameters(self.layer_kind(i), norm) for i in range(self.num_layers)
         )
-        block += 2 * d if self.layer_scale else 0
-        read = self.input
         if isinstance(read, PatchInput):
             tables = d * (read.channels * read.patch**2 + 1) + d * (1 + read.tokens)
         else:
             places = read.max_positions if read.learned_positions else 0
             tables = d * (read.vocab_size + places + read.token_types) + (norm if read.norm else 0)
         last = norm if self.pre_norm else 0
-        return self.num_layers * block + tables + last + self._head_parameters
+        return blocks + tables + last + self._head_parameters
+
+    def has_bias(self, linear: str) -> bool:
+        """Whether a linear layer of a block, by its name, carries a bias."""
+        if linear == DECAY_GATE:
+            return True
+        return self.qkv_bias if linear in QKV else self.bias
+
+    def _block_parameters(self, kind: LayerKind, norm: int) -> int:
+        linears, attention = self.linears(kind), kind.attention
+        learned = isinstance(attention, Lion) and attention.variant == "d"
+        return (
+            sum(n * k + (n if self.has_bias(name) else 0) for name, (n, k) in linears.items())
+            + 2 * norm
+            + (2 * self.hidden_size if self.layer_scale else 0)
+            + (self.num_heads if learned else 0)
+        )
 
     @property
     def _head_parameters(self) -> int:
@@ -257,6 +287,11 @@ class EncoderShape:
 
 
 AnyShape = ModelShape | EncoderShape
+
+
+def is_image(shape: AnyShape) -> bool:
+    """Whether it reads images, whose tokens are always as many."""
+    return isinstance(shape, EncoderShape) and isinstance(shape.input, PatchInput)
 
 
 def _check_positive(field: str, value: int) -> None:

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from edgeattn.encoder_shape import PatchInput
 from edgeattn.errors import RuntimeInputError
 
+# How the name of a file of images ends.
+IMAGES = ".npy"
+
 
 def read_images(file: Path, read: PatchInput) -> npt.NDArray[np.float32]:
     """Images `[N, channels, height, width]` of a .npy file, scaled as the model wants them.

@@ -12,6 +12,8 @@ from edgeattn.attention import (
     AttentionRequest,
     GroupQueryRequest,
     LayerRequest,
+    LionRequest,
+    RecurrentRequest,
     parse_attention,
 )
 from edgeattn.errors import UsageError, unknown_name
@@ -49,10 +51,10 @@ class Recipe:
         task: of an encoder, what comes out: "hidden" token states, an "embedding" of each text, or
             a "classification"; None takes what the checkpoint was made for.
         calibration: a text file, or a folder of them, for what is calibrated.
-        calibration_windows: stretches of 512 tokens that are taken from it.
+        calibration_windows: stretches of 512 tokens that are taken from it; of an encoder 128.
         rotations: a file of learned rotations to use again.
         finetune_text: a text, or a folder of them, on which a model that lost something learns to
-            predict as the original does.
+            predict as the original does; for an encoder of images, a .npy file of them.
         finetune_steps: of that training.
         finetune_lr: its highest learning rate; None takes the default.
         eval_text: a text on which the exported graph's quality is measured.
@@ -128,6 +130,13 @@ class Recipe:
         variants = any(request.needs_calibration for request in self.attention_requests)
         return self.scheme.needs_calibration or variants
 
+    @property
+    def calibrated_part(self) -> str:
+        """What is calibrated, where something is: the scheme, else an attention variant."""
+        if self.scheme.needs_calibration:
+            return f"scheme {self.scheme.name}"
+        return next(r.label for r in self.attention_requests if r.needs_calibration)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values without the fields that say nothing."""
         return {key: value for key, value in asdict(self).items() if value not in (None, ())}
@@ -180,6 +189,12 @@ def _check_attention(asked: tuple[str, ...]) -> None:
             came=f"{' and '.join(r.label for r in requests)} were given",
             todo="leave one out",
         )
+    if regrouped and any(isinstance(r, RecurrentRequest) for r in requests):
+        raise UsageError(
+            expected="recurrent alone, as layers of linear attention have no heads to regroup",
+            came=f"{regrouped[0]} was given, too",
+            todo="leave one out",
+        )
 
 
 def _check_finetuning(recipe: Recipe) -> None:
@@ -188,6 +203,14 @@ def _check_finetuning(recipe: Recipe) -> None:
         for name in ("finetune_text", "finetune_steps", "finetune_lr")
         if (value := getattr(recipe, name)) is not None
     }
+    learns = isinstance(recipe.attention_request, LionRequest)
+    if learns and "finetune_text" not in given:
+        raise UsageError(
+            expected="a text, or images, that linear attention is distilled on",
+            came="none was given",
+            todo="pass --finetune-text FILE (of images, prepared ones in a .npy file) "
+            "and --finetune-steps N",
+        )
     if not given:
         return
     if len(given.keys() & {"finetune_text", "finetune_steps"}) < 2:
@@ -196,11 +219,12 @@ def _check_finetuning(recipe: Recipe) -> None:
             came=f"only {' and '.join(given)} was given",
             todo="give both, for example 200 steps, or neither",
         )
-    if recipe.group_query is None:
+    if recipe.group_query is None and not learns:
         raise UsageError(
             expected="a lossy transform, whose loss --finetune-text pays down",
             came="the recipe has none",
-            todo="ask for one with --attention gqa:kv_heads=K, or leave out --finetune-text",
+            todo="ask for one with --attention gqa:kv_heads=K, or of an encoder "
+            "lion:variant=d, or leave out --finetune-text",
         )
     if (recipe.finetune_steps or 0) > _MOST_STEPS:
         raise UsageError(

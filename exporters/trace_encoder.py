@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from edgeattn.encoder_shape import EncoderShape, PatchInput
+from edgeattn.exporters.functions import translations
 from edgeattn.exporters.trace import (
     Trace,
     default_dtype,
@@ -76,6 +77,7 @@ def trace_encoder(shape: EncoderShape, lowering: Lowering, *, whole: bool = Fals
             dynamo=True,
             optimize=False,
             verbose=False,
+            custom_translation_table=translations() if shape.has_variants else None,
         )
         assert program is not None
         model = program.model

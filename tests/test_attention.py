@@ -15,6 +15,8 @@ from edgeattn.attention import (
     GroupQueryRequest,
     HeadSparse,
     HeadSparseRequest,
+    Lion,
+    LionRequest,
     layer_attention,
     parse_attention,
 )
@@ -35,6 +37,12 @@ def test_defaults_and_options() -> None:
     assert found == GroupQueryRequest(2, 8)
     assert found.label == "gqa:kv_heads=2,heads=8"
     assert parse_attention("gqa:heads=4") == GroupQueryRequest(heads=4)
+    for variant, feature_map in (("lit", "elu"), ("d", "silu"), ("s", "silu")):
+        found = parse_attention(f"lion:variant={variant}")
+        assert isinstance(found, LionRequest)
+        assert found.label == f"lion:variant={variant}"
+        assert found.layer == Lion(variant, feature_map)
+        assert layer_attention(asdict(found.layer)) == found.layer
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,9 @@ def test_densities(text: str, density: str) -> None:
         ("", "a known attention variant"),
         ("fft_rope", "did you mean fft-rope"),
         ("head-sparse", "no density was given"),
+        ("lion", "no variant was given"),
+        ("lion:variant=x", "lit or d or s"),
+        ("lion:density=1/2", "option of lion"),
         ("head-sparse:density=0", "above 0 up to 1"),
         ("head-sparse:density=9/7", "above 0 up to 1"),
         ("head-sparse:density=1/0", "above 0 up to 1"),

@@ -17,7 +17,7 @@ from edgeattn.errors import EdgeattnError, LoweringError, RuntimeInputError, Usa
 from edgeattn.pipeline import default_output, export, plan_export
 from edgeattn.pipeline.work import work_folder
 from edgeattn.recipe import Recipe
-from edgeattn.transforms import recover
+from edgeattn.transforms import descent
 
 GQA = "gqa:kv_heads=2"
 
@@ -101,6 +101,14 @@ def test_the_price_is_told(exported: Callable[..., Path]) -> None:
     assert report["quality"]["increase"] > 0.01
 
 
+def test_a_checkpoint_alone_cannot_make_it_again(
+    exported: Callable[..., Path], stories260k: Path, edgeattn: Callable[..., Any]
+) -> None:
+    done = edgeattn("verify", exported(), "--checkpoint", stories260k)
+    assert done.exit_code == 2
+    assert "gqa:kv_heads=2 chose some on a calibration text" in done.stderr
+
+
 def test_copies_cost_nothing(exported: Callable[..., Path]) -> None:
     report = report_of(exported(attention=("gqa:kv_heads=8",)))
     assert report["transforms"]["regrouped heads"]["loss"].startswith("none")
@@ -123,7 +131,7 @@ def test_stopped_training_goes_on_and_another_recipe_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(recover, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(descent, "_SAVE_SECONDS", 0.0)
     seen = list[tuple[str, int]]()
 
     def run(steps: int = 4, *, stop: int | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeattn.bundle.manifest import Manifest, parse_manifest
 from edgeattn.encoder_shape import KIND as ENCODER
-from edgeattn.encoder_shape import EncoderShape
+from edgeattn.encoder_shape import AnyShape, EncoderShape
 from edgeattn.errors import BundleError
 from edgeattn.shape import ModelShape
 
@@ -118,6 +118,15 @@ class Bundle:
         self.require_encoder()
         with self._reading_shape():
             return EncoderShape.from_dict(self.manifest.shape)
+
+    @property
+    def any_shape(self) -> AnyShape:
+        """Architecture, of whichever it is.
+
+        Raises:
+            BundleError: the manifest's shape does not add up.
+        """
+        return self.encoder_shape if self.is_encoder else self.shape
 
     def require_decoder(self) -> None:
         """Refuses an encoder.

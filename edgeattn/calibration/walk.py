@@ -11,8 +11,9 @@ from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.stream import batches, run_layer
 from edgeattn.shape import ModelShape
 
+Stages = tuple[tuple[str, ...], ...]
 # Linear layers that read the same input, in the order they run.
-STAGES = (
+STAGES: Stages = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),

@@ -106,14 +106,7 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
         CheckpointError: no tokenizer, or one that does not load.
         RuntimeInputError: the tokenizer does not know too much of the text.
     """
-    if tokenizer_json is None:
-        raise CheckpointError(
-            expected="tokenizer.json in the checkpoint, to turn the text into tokens",
-            came="the checkpoint has none",
-            todo="put the model's tokenizer.json into the checkpoint",
-        )
-    content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
-    tokenizer = _load_tokenizer(content)
+    tokenizer, content = _open_tokenizer(tokenizer_json)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     share = _unknown_share(encoding, _unknown_id(tokenizer, content))
     if share > _MOST_UNKNOWN:
@@ -125,6 +118,22 @@ def token_ids(text: str, tokenizer_json: bytes | str | None) -> list[int]:
     return list(encoding.ids)
 
 
+def surrounding_ids(tokenizer_json: bytes | str | None) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that the tokenizer puts before and behind every text.
+
+    Args:
+        tokenizer_json: content of tokenizer.json, None for a checkpoint without.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that does not load.
+    """
+    tokenizer = _open_tokenizer(tokenizer_json)[0]
+    bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    start = next(i for i in starts if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
 def _check_vocabulary(highest: int, vocab_size: int) -> None:
     if highest >= vocab_size:
         raise CheckpointError(
@@ -132,6 +141,18 @@ def _check_vocabulary(highest: int, vocab_size: int) -> None:
             came=f"the text has token {highest}",
             todo="put the model's own tokenizer.json into the checkpoint",
         )
+
+
+def _open_tokenizer(tokenizer_json: bytes | str | None) -> tuple[Tokenizer, bytes]:
+    """The tokenizer, and its file as bytes."""
+    if tokenizer_json is None:
+        raise CheckpointError(
+            expected="tokenizer.json in the checkpoint, to turn the text into tokens",
+            came="the checkpoint has none",
+            todo="put the model's tokenizer.json into the checkpoint",
+        )
+    content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+    return _load_tokenizer(content), content
 
 
 def _load_tokenizer(content: bytes) -> Tokenizer:

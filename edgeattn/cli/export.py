@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ Examples:
       --calibration novel.txt
   edgeattn export ./SmolLM2-135M --target jetson-orin --attention gqa:kv_heads=1 \\
       --calibration novel.txt --finetune-text novel.txt --finetune-steps 200
+  edgeattn export ./MiniLM --target cpu --attention lion:variant=d \\
+      --finetune-text novel.txt --finetune-steps 800
   edgeattn export ./SmolLM2-135M --recipe recipe.toml --force
 """
 
@@ -41,7 +44,8 @@ Examples:
     "--attention",
     multiple=True,
     metavar="NAME[:k=v,…]",
-    help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; see README.",
+    help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; of an encoder "
+    "lion:variant=lit|d|s; see README.",
 )
 @click.option(
     "--task",
@@ -57,7 +61,7 @@ Examples:
     help="A static cache has its full size from the start; see README.",
 )
 @click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
-@click.option("--calibration", metavar="FILE|DIR", help="Text for what is calibrated.")
+@click.option("--calibration", metavar="FILE|DIR", help="Text (or .npy images) to calibrate on.")
 @click.option(
     "--calibration-windows",
     type=int,
@@ -65,7 +69,9 @@ Examples:
 )
 @click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
 @click.option(
-    "--finetune-text", metavar="FILE|DIR", help="Text to train on after a lossy transform."
+    "--finetune-text",
+    metavar="FILE|DIR",
+    help="Text, or images (.npy), to train on after a lossy transform.",
 )
 @click.option(
     "--finetune-steps", type=int, metavar="N", help="Steps of that training, such as 200."
@@ -213,14 +219,15 @@ def _show_transforms(notes: Mapping[str, Any]) -> None:
         if not isinstance(found, Mapping):
             click.echo(f"{name}: {found}")
         elif not name.startswith("sensitivity"):  # a long table; it is in the report
-            lines = {key: value for key, value in found.items() if not _is_table(value)}
+            lines = {key: value for key, value in found.items() if not _is_long(key, value)}
             values = (f"{key} {_shown(value)}".strip() for key, value in lines.items())
             click.echo(f"{name}: {', '.join(values)}")
 
 
-def _is_table(value: object) -> bool:
-    """Whether it is for the report, which has the room."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+def _is_long(key: str, value: object) -> bool:
+    """Whether it is for the report, which has the room: a line of every layer, or a table."""
+    table = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return table or re.fullmatch(r"layer \d+", key) is not None
 
 
 def _shown(value: object) -> str:

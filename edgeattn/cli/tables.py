@@ -52,6 +52,11 @@ def print_verification(
             console.print(
                 f"same most likely token {same:.1%}, KL {float(agreement['kl']):.1e} nats"
             )
+        if agreement.get("amplified"):
+            console.print(
+                f"{agreement['amplified']} tensors are beyond the usual bound: the model amplifies "
+                "last bits, and each of its layers alone is within it"
+            )
         if agreement["first_bad"]:
             console.print(f"the first error is in {agreement['first_bad']}")
     for case in verification.get("left_out", ()):

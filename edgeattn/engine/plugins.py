@@ -181,7 +181,8 @@ def plugin_nodes(model: ModelProto) -> list[PluginNode]:
         return []
     known = _value_types(model.graph)
     if any(name not in known or _unknown(known[name][1]) for node in nodes for name in node.input):
-        inferred = _value_types(onnx.shape_inference.infer_shapes(model).graph)
+        # With the sizes that graphs compute for reshaping: heads are split with them.
+        inferred = _value_types(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
         # What the graph declares stays where inference found out nothing more.
         known |= {n: found for n, found in inferred.items() if n not in known or found[1]}
     return [_plugin_node(node, known) for node in nodes]

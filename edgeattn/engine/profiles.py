@@ -2,7 +2,8 @@
 
 The graph names its dimensions (batch_size, sequence_length, past_sequence_length and their sum
 total_sequence_length), so a profile says smallest, usual and largest of each, and the shapes of
-every input follow. A static cache has fixed sizes instead of the last two.
+every input follow. A static cache has fixed sizes instead of the last two; an encoder has the first
+two, and one of images the first alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from edgeattn.encoder_shape import AnyShape, EncoderShape, TokenInput
 from edgeattn.errors import BundleError, LoweringError, UsageError, unknown_name
 
 Shape = tuple[int, ...]
@@ -119,31 +121,46 @@ class EncoderProfile:
     Attributes:
         name: of the profile.
         batch: rows.
-        length: tokens of a row; an image has a fixed number and no such dimension.
+        length: tokens of a row; None for images, which have a fixed number.
     """
 
     name: str
     batch: Range
-    length: Range
+    length: Range | None
 
     def dimensions(self) -> dict[str, Range]:
         """By the names the graph gives them."""
-        return {BATCH: self.batch, LENGTH: self.length}
+        length = {} if self.length is None else {LENGTH: self.length}
+        return {BATCH: self.batch, **length}
 
     def to_dict(self) -> dict[str, str]:
         """min:opt:max by dimension."""
         return {name: str(sizes) for name, sizes in self.dimensions().items()}
 
 
-def encoder_profiles(context: int, batch: int) -> tuple[EncoderProfile, ...]:
-    """What an encoder is run with: texts of any length up to the context.
+AnyProfile = DecoderProfile | EncoderProfile
+
+
+def encoder_profiles(shape: EncoderShape, context: int, batch: int) -> tuple[EncoderProfile, ...]:
+    """What an encoder is run with: texts of any length up to the context, or images.
 
     Args:
+        shape: the architecture.
         context: most tokens of a row.
         batch: most rows.
     """
-    usual = Range(1, max(1, context // 4), context)
-    return (EncoderProfile("any", Range(1, batch, batch), usual),)
+    is_text = isinstance(shape.input, TokenInput)
+    length = Range(1, max(1, context // 4), context) if is_text else None
+    return (EncoderProfile("any", Range(1, batch, batch), length),)
+
+
+def model_profiles(
+    shape: AnyShape, context: int, batch: int, *, separate: bool
+) -> tuple[AnyProfile, ...]:
+    """What a model is run with; see `decoder_profiles` and `encoder_profiles`."""
+    if isinstance(shape, EncoderShape):
+        return encoder_profiles(shape, context, batch)
+    return decoder_profiles(context, batch, separate=separate)
 
 
 def encoder_check_profile(context: int, batch: int) -> EncoderProfile:
@@ -162,12 +179,12 @@ _FIELDS = {BATCH: "batch", LENGTH: "length", PAST: "past"}
 
 
 def with_sizes(
-    profiles: Sequence[DecoderProfile], asked: Iterable[str], *, context: int, batch: int
-) -> tuple[DecoderProfile, ...]:
+    profiles: Sequence[AnyProfile], asked: Iterable[str], *, context: int, batch: int
+) -> tuple[AnyProfile, ...]:
     """The profiles with the sizes a user asks for.
 
     Args:
-        profiles: of `decoder_profiles`.
+        profiles: of `model_profiles`.
         asked: each [PROFILE.]DIMENSION=min:opt:max; without a profile it is said of all that the
             dimension varies in.
         context: most tokens of a row that the bundle takes.
@@ -184,9 +201,9 @@ def with_sizes(
             raise UsageError(
                 expected="--profile [PROFILE.]DIMENSION=min:opt:max",
                 came=f"'{text}' was given",
-                todo="write for example --profile prefill.sequence_length=1:128:512",
+                todo=f"write for example --profile {found[0].name}.sequence_length=1:128:512",
             )
-        field = _field(match["name"])
+        field = _field(match["name"], found[0])
         names = [profile.name for profile in profiles]
         if match["profile"] is not None and match["profile"] not in names:
             raise unknown_name("optimisation profile", match["profile"], names)
@@ -202,18 +219,21 @@ def with_sizes(
     return tuple(found)
 
 
-def _field(name: str) -> str:
-    if name not in _FIELDS:
-        raise unknown_name("dimension of the graph's inputs", name, _FIELDS)
-    return _FIELDS[name]
+def _field(name: str, profile: AnyProfile) -> str:
+    known = {n: field for n, field in _FIELDS.items() if n in profile.dimensions()}
+    if name not in known:
+        raise unknown_name("dimension of the graph's inputs", name, known)
+    return known[name]
 
 
-def _check_limits(profile: DecoderProfile, context: int, batch: int) -> None:
-    limits = [
-        ("rows", profile.batch, 1, batch, "--batch"),
-        ("new tokens", profile.length, 1, context, "--context"),
-        ("tokens in the cache", profile.past, 0, context - profile.length.low, "--context"),
-    ]
+def _check_limits(profile: AnyProfile, context: int, batch: int) -> None:
+    limits = [("rows", profile.batch, 1, batch, "--batch")]
+    if isinstance(profile, DecoderProfile):
+        most = context - profile.length.low
+        limits.append(("new tokens", profile.length, 1, context, "--context"))
+        limits.append(("tokens in the cache", profile.past, 0, most, "--context"))
+    elif profile.length is not None:
+        limits.append(("tokens", profile.length, 1, context, "--context"))
     for what, sizes, least, most, flag in limits:
         if sizes.low < least or sizes.high > most:
             raise LoweringError(
@@ -223,7 +243,7 @@ def _check_limits(profile: DecoderProfile, context: int, batch: int) -> None:
             )
 
 
-def input_shapes(model: Path, profile: DecoderProfile | EncoderProfile) -> dict[str, Profile]:
+def input_shapes(model: Path, profile: AnyProfile) -> dict[str, Profile]:
     """Smallest, usual and largest shape of every input of a graph.
 
     Args:

@@ -77,6 +77,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from edgeattn.models.gguf import open_gguf
 
         return open_gguf(path)
+    if os.path.isfile(path) and path.suffix == ".onnx":
+        raise _no_decoder("an ONNX file as MODEL")
     raise CheckpointError(
         expected="a Hugging Face directory or a .gguf file as MODEL",
         came=f"{path} is neither" if os.path.exists(path) else f"{path} does not exist",
@@ -101,12 +103,16 @@ def read_shape(path: Path) -> ModelShape:
 
 def _decoder_shape(config: Mapping[str, Any]) -> ModelShape:
     if is_encoder_config(config):
-        raise CheckpointError(
-            expected="a decoder, which predicts the next token",
-            came=f"family {config['model_type']} is an encoder",
-            todo="use edgeattn export, which takes encoders too",
-        )
+        raise _no_decoder(f"family {config['model_type']}")
     return shape_from_config(config)
+
+
+def _no_decoder(what: str) -> CheckpointError:
+    return CheckpointError(
+        expected="a decoder, which predicts the next token",
+        came=f"{what} is an encoder",
+        todo="use edgeattn export or edgeattn doctor, which take encoders too",
+    )
 
 
 def _open_directory(path: Path) -> Checkpoint:

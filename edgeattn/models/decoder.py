@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgeattn.attention import Lion
 from edgeattn.models.attention import (
     Attention,
     OperatorForm,
@@ -85,6 +86,7 @@ class DecoderLayer(nn.Module):
         if isinstance(kind.attention, Recurrent):
             self.linear_attn = recurrent_mixer(shape, kind.attention)
         else:
+            assert not isinstance(kind.attention, Lion), "LION is bidirectional"
             self.self_attn = Attention(shape, form, kind.attention)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.mlp = MLP(shape)

@@ -11,11 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgeattn.attention import Lion
 from edgeattn.encoder_shape import EncoderShape, PatchInput, TokenInput
 from edgeattn.models.attention import OperatorForm, RMSNorm, attend
 from edgeattn.models.linear import Linear
+from edgeattn.models.lion import (
+    attend_lion,
+    log_decay_of_heads,
+    log_decay_of_tokens,
+    no_log_decay,
+)
 from edgeattn.models.rotary import apply_rotary, rotary_buffers, rotary_caches
-from edgeattn.shape import Rope
+from edgeattn.shape import LayerKind, Rope
 
 Rotary = tuple[Tensor, Tensor]
 # Below this a vector has no direction (torch.nn.functional.normalize).
@@ -49,15 +56,20 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
 class EncoderAttention(nn.Module):
     """Self attention without a cache; parameter names are those of the decoder's."""
 
-    def __init__(self, shape: EncoderShape, form: OperatorForm) -> None:
+    def __init__(self, shape: EncoderShape, form: OperatorForm, kind: LayerKind) -> None:
         super().__init__()
         self.form: OperatorForm = form
+        self.lion = kind.attention if isinstance(kind.attention, Lion) else None
         self.heads = (shape.num_heads, shape.head_dim)
         self.kv_heads = (shape.num_kv_heads, shape.head_dim)
         d, bias = shape.hidden_size, shape.qkv_bias
         self.q_proj = Linear(d, shape.q_size, bias=bias)
         self.k_proj = Linear(d, shape.kv_size, bias=bias)
         self.v_proj = Linear(d, shape.kv_size, bias=bias)
+        if self.lion is not None and self.lion.variant == "s":
+            self.gate_proj = Linear(d, shape.num_heads, bias=True)
+        if self.lion is not None and self.lion.variant == "d":
+            self.decay = nn.Parameter(torch.zeros(shape.num_heads))
         self.o_proj = Linear(shape.q_size, d, bias=shape.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
@@ -65,7 +77,8 @@ class EncoderAttention(nn.Module):
 
         Args:
             x: `[B, T, hidden]`.
-            mask: `[B, 1, T, T]` bool; None where there is no padding.
+            mask: of keys that are seen, `[B, 1, T, T]` bool, of a LION layer `[B, T]`; None where
+                there is no padding.
             rotary: cosine and sine `[1, 1, T, R/2]`; None for a layer without.
         """
         q = torch.unflatten(self.q_proj(x), -1, self.heads).transpose(1, 2)
@@ -73,9 +86,22 @@ class EncoderAttention(nn.Module):
         v = torch.unflatten(self.v_proj(x), -1, self.kv_heads).transpose(1, 2)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        y = attend(q, k, v, mask, self.form).transpose(1, 2).flatten(2)
-        output: Tensor = self.o_proj(y)
+        if self.lion is None:
+            y = attend(q, k, v, mask, self.form)
+        else:
+            decay = self._log_decay(x)
+            y = attend_lion(self.lion, q, k, v, decay, mask, differentiable=self.training)
+        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return output
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """Of a LION layer, fp32 `[B, H, T]`."""
+        assert self.lion is not None
+        if self.lion.variant == "s":
+            return log_decay_of_tokens(self.gate_proj(x))
+        if self.lion.variant == "d":
+            return log_decay_of_heads(self.decay, x)
+        return no_log_decay(x, self.heads[0])
 
 
 class EncoderMLP(nn.Module):
@@ -109,12 +135,12 @@ class EncoderMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """One transformer block, its norms before attention and MLP or behind their sums."""
 
-    def __init__(self, shape: EncoderShape, form: OperatorForm) -> None:
+    def __init__(self, shape: EncoderShape, form: OperatorForm, kind: LayerKind) -> None:
         super().__init__()
         self.pre_norm, self.layer_scale = shape.pre_norm, shape.layer_scale
         if shape.pre_norm:
             self.input_layernorm = norm_of(shape)
-        self.self_attn = EncoderAttention(shape, form)
+        self.self_attn = EncoderAttention(shape, form, kind)
         self.post_attention_layernorm = norm_of(shape)
         self.mlp = EncoderMLP(shape)
         if not shape.pre_norm:
@@ -156,7 +182,8 @@ class Encoder(nn.Module):
             self._add_patches(shape.input)
         else:
             self._add_tokens(shape.input)
-        self.layers = nn.ModuleList(EncoderLayer(shape, form) for _ in range(shape.num_layers))
+        kinds = [shape.layer_kind(i) for i in range(shape.num_layers)]
+        self.layers = nn.ModuleList(EncoderLayer(shape, form, kind) for kind in kinds)
         self.norm = norm_of(shape) if shape.pre_norm else nn.Identity()
         if shape.task == "classification":
             both = shape.head == "first-and-mean"
@@ -195,17 +222,15 @@ class Encoder(nn.Module):
             attention_mask: `[B, T]`, 1 at tokens and 0 at padding; None for images.
             token_type_ids: `[B, T]`, for families that tell segments.
         """
-        x = self._embed(values, token_type_ids)
-        mask = None if attention_mask is None else padding_mask(attention_mask)
-        rotary = self._rotary(x)
+        x = self.embed(values, token_type_ids)
+        shared = self.layer_inputs(x, attention_mask)
         hidden = [x]
         for index, layer in enumerate(self.layers):
-            rope = self.shape.layer_kind(index).rope
-            x = layer(x, mask, rotary[rope] if rope else None)
+            x = layer(x, *shared[self.shape.layer_kind(index)])
             hidden.append(x)
         return EncoderOutput(self._output(self.norm(x), attention_mask), tuple(hidden))
 
-    def _embed(self, values: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embed(self, values: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """The residual stream before layer 0, `[B, T, hidden]`."""
         read = self.shape.input
         if isinstance(read, PatchInput):
@@ -222,6 +247,27 @@ class Encoder(nn.Module):
             normed: Tensor = self.embed_norm(x)
             return normed
         return x
+
+    def layer_inputs(
+        self, x: Tensor, attention_mask: Tensor | None
+    ) -> dict[LayerKind, tuple[Tensor | None, Rotary | None]]:
+        """Mask and rotary positions for every kind of layer; see `EncoderAttention.forward`.
+
+        Args:
+            x: the residual stream before layer 0, `[B, T, hidden]`.
+            attention_mask: as for `forward`.
+        """
+        rotary, valid = self._rotary(x), None
+        if attention_mask is not None:
+            valid = attention_mask.to(torch.bool)
+        mask = None if valid is None else padding_mask(valid)
+        return {
+            kind: (
+                valid if isinstance(kind.attention, Lion) else mask,
+                rotary[kind.rope] if kind.rope else None,
+            )
+            for kind in self.shape.layer_kinds
+        }
 
     def _rotary(self, x: Tensor) -> dict[Rope, Rotary]:
         places = torch.arange(x.shape[1], device=x.device).unsqueeze(0)

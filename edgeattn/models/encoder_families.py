@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgeattn.encoder_shape import QKV, EncoderShape, Head, Norm, TokenInput
+from edgeattn.attention import Lion
+from edgeattn.encoder_shape import DECAY, EncoderShape, Head, Norm, TokenInput
 from edgeattn.models.families import EMBEDDING
+from edgeattn.shape import LayerKind
 
 # Parameters beside those of blocks; those of a text are named as a decoder's.
 POSITIONS, TOKEN_TYPES = "embed_positions.weight", "embed_types.weight"
@@ -179,7 +181,9 @@ def encoder_parameters(shape: EncoderShape) -> dict[str, tuple[int, ...]]:
     """Every parameter of the encoder: name -> shape, in the order it is streamed."""
     d, names = shape.hidden_size, _inputs(shape)
     for i in range(shape.num_layers):
-        names |= {f"layers.{i}.{name}": size for name, size in _block(shape).items()}
+        names |= {
+            f"layers.{i}.{name}": size for name, size in _block(shape, shape.layer_kind(i)).items()
+        }
     if shape.pre_norm:
         names |= _norm(FINAL_NORM, shape)
     if shape.task == "classification":
@@ -208,13 +212,15 @@ def _inputs(shape: EncoderShape) -> dict[str, tuple[int, ...]]:
     return names | (_norm(EMBEDDING_NORM, shape) if read.norm else {})
 
 
-def _block(shape: EncoderShape) -> dict[str, tuple[int, ...]]:
+def _block(shape: EncoderShape, kind: LayerKind) -> dict[str, tuple[int, ...]]:
     d = shape.hidden_size
     names = _norm("input_layernorm", shape) if shape.pre_norm else {}
-    for linear, size in shape.linears().items():
+    for linear, size in shape.linears(kind).items():
         names[f"{linear}.weight"] = size
-        if shape.qkv_bias if linear in QKV else shape.bias:
+        if shape.has_bias(linear):
             names[f"{linear}.bias"] = size[:1]
+    if isinstance(kind.attention, Lion) and kind.attention.variant == "d":
+        names[DECAY] = (shape.num_heads,)
     names |= _norm("post_attention_layernorm", shape)
     if not shape.pre_norm:
         names |= _norm("post_mlp_layernorm", shape)

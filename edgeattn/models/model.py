@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from edgeattn.encoder_shape import EncoderShape
 from edgeattn.models.attention import OperatorForm
 from edgeattn.models.attention_variants import LayerTables
 from edgeattn.models.checkpoint import Checkpoint, WeightReader, check_finite
 from edgeattn.models.decoder import Decoder, DecoderLayer
+from edgeattn.models.encoder_families import encoder_parameters
 from edgeattn.models.families import parameter_names
 from edgeattn.models.linear import Linear
 from edgeattn.quant.activation import AS_IT_IS, LinearInput
@@ -21,6 +23,9 @@ from edgeattn.quant.affine import QuantizedTensor
 from edgeattn.quant.kv_cache import Int8Cache
 from edgeattn.quant.scheme import WeightFormat
 from edgeattn.shape import ModelShape
+
+if TYPE_CHECKING:
+    from edgeattn.models.encoder_checkpoint import EncoderCheckpoint
 
 Progress = Callable[[int, int], None]
 
@@ -87,17 +92,17 @@ def model_of(checkpoint: Checkpoint) -> Model:
     return Model(checkpoint.shape, CheckpointWeights(checkpoint.weights))
 
 
-def checkpoint_digest(checkpoint: Checkpoint) -> str:
+def checkpoint_digest(checkpoint: Checkpoint | EncoderCheckpoint) -> str:
     """SHA-256 that tells a checkpoint from others of the same architecture.
 
     Its fingerprint is over config and headers, which fine-tuned models share, and what is measured
     on one of them would fit the shape of the others; the first row of every parameter is added.
     """
     digest = hashlib.sha256(str(checkpoint.identity["fingerprint"]).encode())
-    weights = model_of(checkpoint).weights
-    for name in parameter_names(checkpoint.shape):
+    weights, shape = CheckpointWeights(checkpoint.weights), checkpoint.shape
+    of_kind = encoder_parameters if isinstance(shape, EncoderShape) else parameter_names
+    for name in of_kind(shape):  # type: ignore[arg-type]
         weight = weights.read(name)
-        assert isinstance(weight, Tensor)
         row = weight[0] if weight.dim() > 1 else weight
         digest.update(row.float().numpy().tobytes())
     return digest.hexdigest()

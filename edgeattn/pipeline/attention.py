@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.attention import FftRopeRequest, HeadSparseRequest, RecurrentRequest
+from edgeattn.attention import FftRopeRequest, HeadSparseRequest, LionRequest, RecurrentRequest
 from edgeattn.devices.registry import parse_target
 from edgeattn.errors import LoweringError, UsageError
 from edgeattn.pipeline.clock import Clock
@@ -84,6 +84,7 @@ def with_attention(
     request = recipe.attention_request
     if request is None or isinstance(request, RecurrentRequest):
         return model, {}
+    assert not isinstance(request, LionRequest), "only encoders have it"
     arguments = (checkpoint, model, recipe, lowering, work / _PART, clock)
     if isinstance(request, FftRopeRequest):
         return _fft_rope(request, *arguments)

@@ -27,7 +27,7 @@ from edgeattn.errors import LoweringError
 from edgeattn.pipeline.build_plan import BuildPlan, BuildRequest, plan_build, require_tensorrt
 from edgeattn.pipeline.clock import Progress
 from edgeattn.pipeline.selftest import SelfTest, self_test
-from edgeattn.planner.estimate import tensorrt_build_bytes
+from edgeattn.planner.encoder_estimate import build_bytes
 
 _TIMEOUT_S = 6 * 3600.0  # a Jetson takes its time
 
@@ -142,7 +142,7 @@ def _check_here(plan: BuildPlan, progress: Progress | None) -> BuildReport | Non
     return check_tensorrt(
         plan.bundle.model_file,
         replace(plan.lowering, rtx_sm=nearest),
-        plan.bundle.shape,
+        plan.bundle.any_shape,
         plugin_library=library_for_check(plan.bundle.model_file, nearest),
         progress=progress,
     )
@@ -168,7 +168,7 @@ def _refuse_here(
 
 
 def _require_memory(plan: BuildPlan) -> None:
-    needed, free = tensorrt_build_bytes(plan.bundle.shape, plan.lowering), plan.found
+    needed, free = build_bytes(plan.bundle.any_shape, plan.lowering), plan.found
     if needed > free.free_memory_bytes > 0:
         raise LoweringError(
             expected=f"{needed / 1e9:.1f} GB of free memory, which building takes",

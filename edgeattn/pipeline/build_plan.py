@@ -14,15 +14,11 @@ from edgeattn.devices.registry import Target, parse_target
 from edgeattn.engine.build import BuildOptions
 from edgeattn.engine.flavours import FLAVOURS, Flavour
 from edgeattn.engine.plugins import LIBRARY, plugin_nodes
-from edgeattn.engine.profiles import (
-    DecoderProfile,
-    decoder_profiles,
-    dimension_names,
-    with_sizes,
-)
+from edgeattn.engine.profiles import AnyProfile, dimension_names, model_profiles, with_sizes
 from edgeattn.errors import LoweringError, UsageError, unknown_name
 from edgeattn.pipeline.work import require_output
-from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
+from edgeattn.planner.encoder_lowering import fit_any_lowering
+from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
 
 
@@ -67,7 +63,7 @@ class BuildPlan:
     lowering: Lowering
     targets: tuple[Target, ...]
     flavour: Flavour
-    profiles: tuple[DecoderProfile, ...]
+    profiles: tuple[AnyProfile, ...]
     options: BuildOptions
     found: Probe
 
@@ -123,7 +119,7 @@ def plan_build(bundle: Bundle, request: BuildRequest) -> BuildPlan:
         )
     if request.timing_cache is not None:
         require_output(request.timing_cache, force=True)  # not after an hour of measuring
-    context = lowering.context or bundle.shape.max_context
+    context = lowering.context or bundle.any_shape.max_context
     limits = {"context": context, "batch": lowering.batch}
     options = BuildOptions(
         plugin_library=_library(bundle, targets, flavour) if has_plugins else None,
@@ -132,7 +128,8 @@ def plan_build(bundle: Bundle, request: BuildRequest) -> BuildPlan:
         timing_cache=request.timing_cache,
         threads=request.jobs,
     )
-    profiles = decoder_profiles(**limits, separate=not flavour.builds_for_any)
+    separate = not flavour.builds_for_any
+    profiles = model_profiles(bundle.any_shape, **limits, separate=separate)
     profiles = with_sizes(profiles, request.profiles, **limits)
     return BuildPlan(bundle, lowering, targets, flavour, profiles, options, probe())
 
@@ -153,7 +150,7 @@ def fitting_target(name: str, bundle: Bundle, lowering: Lowering) -> Target:
     if target.name == bundle.manifest.target.name:
         return target
     recipe = replace(Recipe.from_dict(bundle.manifest.recipe), target=name, dtype=lowering.dtype)
-    wanted = fit_lowering(plan_lowering(recipe, target), bundle.shape, target)
+    wanted = fit_any_lowering(plan_lowering(recipe, target), bundle.any_shape, target)
     # every TensorRT reads attention that is spelled out
     checked = (
         "kv_cache",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,14 +11,8 @@ from edgeattn.bundle import bundle as layout
 from edgeattn.bundle.bundle import hash_file
 from edgeattn.bundle.writer import BundleWriter
 from edgeattn.devices.registry import Target
-from edgeattn.encoder_shape import AnyShape, EncoderShape
-from edgeattn.engine.profiles import (
-    DecoderProfile,
-    EncoderProfile,
-    decoder_profiles,
-    encoder_profiles,
-    input_shapes,
-)
+from edgeattn.encoder_shape import AnyShape
+from edgeattn.engine.profiles import AnyProfile, input_shapes, model_profiles
 from edgeattn.planner.lowering import Lowering
 
 ENGINE = "trtexec.engine"
@@ -56,11 +49,7 @@ def write_device_script(
     names = [model, layout.WEIGHTS]
     names += [library.relative_to(writer.path).as_posix()] if library is not None else []
     context = lowering.context or shape.max_context
-    profiles: Sequence[DecoderProfile | EncoderProfile]
-    if isinstance(shape, EncoderShape):
-        profiles = encoder_profiles(context, lowering.batch)
-    else:
-        profiles = decoder_profiles(context, lowering.batch, separate=True)
+    profiles = model_profiles(shape, context, lowering.batch, separate=True)
     template = files("edgeattn.pipeline").joinpath(f"{layout.DEVICE_SCRIPT}.j2")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     script = environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -85,7 +74,7 @@ def _strip_functions(model: Path, stripped: Path) -> None:
     stripped.write_bytes(proto.SerializeToString())
 
 
-def _shape_flags(model: Path, profile: DecoderProfile | EncoderProfile) -> list[tuple[str, str]]:
+def _shape_flags(model: Path, profile: AnyProfile) -> list[tuple[str, str]]:
     """What trtexec's --minShapes, --optShapes and --maxShapes take: NAME:1x2,NAME:3x4.
 
     None where no input has several: it refuses them.

@@ -11,6 +11,7 @@ from edgeattn.bundle.bundle import PLUGINS, WEIGHTS, Bundle
 from edgeattn.bundle.graph import read_graph
 from edgeattn.devices.probe import Probe
 from edgeattn.devices.registry import Target
+from edgeattn.encoder_shape import is_image
 from edgeattn.engine.plugins import (
     LIBRARY,
     missing_plugins,
@@ -51,7 +52,7 @@ def examine(
     Raises:
         BundleError: its manifest does not add up.
     """
-    manifest, shape = bundle.manifest, bundle.shape
+    manifest, shape = bundle.manifest, bundle.any_shape
     lowering = Lowering.from_dict(manifest.lowering)
     count, made = len(manifest.files), manifest.target.name
     findings = [Finding("ok", "bundle", f"{count} files as they were written, for {made}")]
@@ -63,6 +64,7 @@ def examine(
     graph = [] if support.level == "problem" else list(_graph_findings(bundle, target, found))
     findings += [support, *graph]
     findings += check_limits(shape, lowering, context, batch)
+    context = None if is_image(shape) else context
     asked = replace(lowering, context=context or lowering.context, batch=batch or lowering.batch)
     available = available_bytes(target, found)
     fit = memory_fit(

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from edgeattn.devices.probe import Probe
 from edgeattn.devices.registry import Target
+from edgeattn.encoder_shape import AnyShape, EncoderShape, is_image
 from edgeattn.errors import EdgeattnError
+from edgeattn.models.encoder_checkpoint import is_encoder, read_encoder_shape
 from edgeattn.models.hub import read_outline
 from edgeattn.pipeline.doctor_machine import is_here
 from edgeattn.pipeline.findings import Finding, refused, size
+from edgeattn.planner.encoder_lowering import fit_any_lowering
 from edgeattn.planner.fit import Choice, MemoryFit, memory_fit, what_fits
-from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
+from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
-from edgeattn.shape import ModelShape
 
 _SHOWN_CHOICES = 3
 
@@ -26,7 +28,7 @@ def examine(
     """What is to be said of a model on a target; reads no weights.
 
     Args:
-        model: Hugging Face directory, of which config.json is enough, GGUF file or hub id.
+        model: Hugging Face directory, of which config.json is enough, GGUF or ONNX file, or hub id.
         recipe: what would be asked of `export`.
         target: the recipe's.
         found: this machine.
@@ -36,14 +38,14 @@ def examine(
         Findings, what it takes (None where the target refuses it), and what would fit.
     """
     try:
-        shape = read_outline(model, offline=offline).shape
+        shape = _shape(model, offline)
     except EdgeattnError as error:
         return [refused("model", error)], None, ()
     about = f"{shape.family}, {shape.num_parameters / 1e6:,.1f} million weights"
     findings = [Finding("ok", "model", f"{about}, {shape.num_layers} layers")]
     available = available_bytes(target, found)
     try:
-        lowering = fit_lowering(plan_lowering(recipe, target), shape, target)
+        lowering = fit_any_lowering(plan_lowering(recipe, target), shape, target)
     except EdgeattnError as error:
         choices = what_fits(shape, recipe, target, available=available)
         finding = refused("support", error)
@@ -52,15 +54,23 @@ def examine(
         elif choices:
             finding = replace(finding, fix=_advice(choices, target))
         return [*findings, finding], None, choices
-    findings.append(Finding("ok", "support", _graph(lowering)))
+    findings.append(Finding("ok", "support", _graph(lowering, shape)))
     fit = memory_fit(shape, lowering, target.device.memory, available=available)
     choices = [] if fit.fits else what_fits(shape, recipe, target, available=available)
     return [*findings, *memory_findings(fit, target, found, choices)], fit, choices
 
 
-def _graph(lowering: Lowering) -> str:
-    parts = (lowering.dtype, lowering.scheme.label, f"{lowering.attention} attention")
-    return f"{', '.join(parts)}, cache {lowering.kv_cache}, opset {lowering.opset}"
+def _shape(model: str | Path, offline: bool) -> AnyShape:
+    """The architecture of MODEL, read without its weights."""
+    if is_encoder(model, offline=offline):
+        return read_encoder_shape(model, offline=offline)
+    return read_outline(model, offline=offline).shape
+
+
+def _graph(lowering: Lowering, shape: AnyShape) -> str:
+    parts = [lowering.dtype, lowering.scheme.label, f"{lowering.attention} attention"]
+    parts += [] if isinstance(shape, EncoderShape) else [f"cache {lowering.kv_cache}"]
+    return f"{', '.join(parts)}, opset {lowering.opset}"
 
 
 def available_bytes(target: Target, found: Probe) -> int | None:
@@ -90,11 +100,11 @@ def memory_findings(
 
 
 def _parts(fit: MemoryFit) -> str:
-    rows = f"{fit.batch} rows" if fit.batch > 1 else "1 row"
+    where = f"at {fit.context} tokens in " + (f"{fit.batch} rows" if fit.batch > 1 else "1 row")
     parts = [
         f"weights {size(fit.weights)}",
-        f"cache {size(fit.cache)} at {fit.context} tokens in {rows}",
-        f"a step {size(fit.activations + fit.logits)}",
+        f"cache {size(fit.cache)} {where}" if fit.cache else "",
+        f"a step {size(fit.activations + fit.logits)}" + ("" if fit.cache else f" {where}"),
         f"runtime {size(fit.runtime)}" if fit.runtime else "",
         f"system {size(fit.system)}" if fit.system else "",
     ]
@@ -146,15 +156,20 @@ def _advice(choices: Sequence[Choice], target: Target) -> str:
 
 def _choice(choice: Choice, target: Target) -> str:
     words = [] if choice.target == target.name else [f"--target {choice.target.partition('@')[0]}"]
-    words += [f"--quant {choice.quant}", f"--context {choice.context}"]
+    words += [f"--quant {choice.quant}"]
+    words += [f"--context {choice.context}"] if choice.context is not None else []
     rows = f" --batch {choice.batch}" if choice.batch > 1 else ""
     return f"{' '.join(words)}{rows} takes {size(choice.needed)}"
 
 
 def check_limits(
-    shape: ModelShape, lowering: Lowering, context: int | None, batch: int | None
+    shape: AnyShape, lowering: Lowering, context: int | None, batch: int | None
 ) -> Iterator[Finding]:
     """Whether a graph was exported for as many tokens and rows as are asked for."""
+    if context is not None and is_image(shape):
+        said = f"an image is always {shape.max_context} tokens"
+        yield Finding("problem", "context", said, "leave out --context")
+        context = None
     limits = {
         "--context": (context, lowering.context or shape.max_context, "tokens"),
         "--batch": (batch, lowering.batch, "rows"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeattn.attention import FftRopeRequest
 from edgeattn.bundle import bundle as layout
@@ -17,7 +17,12 @@ from edgeattn.pipeline.device_script import write_device_script
 from edgeattn.pipeline.export_encoder import export_encoder, plan_encoder_export, refuse_task
 from edgeattn.pipeline.export_report import ExportPlan, ExportReport, fitting, free_bytes
 from edgeattn.pipeline.layer_records import layer_records
-from edgeattn.pipeline.plugins import Plugins, given_library, place_library, plugins_for
+from edgeattn.pipeline.plugins import (
+    about_plugins,
+    given_library,
+    place_library,
+    plugins_for,
+)
 from edgeattn.pipeline.records import bundle_sizes, write_manifest, write_report, write_text_files
 from edgeattn.pipeline.transform import (
     open_checked,
@@ -137,8 +142,17 @@ def export(
     library = None if plugin_library is None else given_library(plugin_library, target)
     require_export_extra()
     if is_encoder(model, offline=offline):
-        options = {"offline": offline, "verify": verify, "force": force}
-        return export_encoder(model, recipe, output, **options, progress=progress)
+        return export_encoder(
+            model,
+            recipe,
+            output,
+            offline=offline,
+            verify=verify,
+            force=force,
+            plugins=plugins,
+            library=library,
+            progress=progress,
+        )
     refuse_task(recipe)
     clock = Clock(progress)
     with (
@@ -242,7 +256,7 @@ def _export(
         clock.start("measuring quality")
         quality = _quality(checkpoint, recipe, lowering, model_file, windows, clock)
     clock.stop()
-    notes = {**transformed.notes, **_about_plugins(plugins, library, verify)}
+    notes = {**transformed.notes, **about_plugins(plugins, library, verify)}
     if placed is not None:  # the bundle moves to its place when it is whole
         placed = replace(placed, path=output / placed.path.relative_to(writer.path))
     curves = cost_curves(replace(shape, layer_cycle=model.shape.layer_cycle), lowering, target)
@@ -263,17 +277,6 @@ def _export(
     write_manifest(writer, checkpoint, recipe, target, report, shape)
     writer.commit()
     return report
-
-
-def _about_plugins(
-    plugins: Plugins | None, given: PluginLibrary | None, verify: bool
-) -> dict[str, Any]:
-    """What the report says of the plugin library, nothing where there is none."""
-    if plugins is None:
-        return {} if given is None else {"plugins": {given.path.name: "not needed, left out"}}
-    sms = ", ".join(f"SM {sm}" for sm in plugins.target.sms)
-    about = {"library": f"for {plugins.target.arch}, {sms}: {', '.join(plugins.target.ops)}"}
-    return {"plugins": {**about, "checked here": plugins.checked if verify else "no: --no-verify"}}
 
 
 def _eval_windows(

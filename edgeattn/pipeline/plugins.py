@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -263,6 +263,17 @@ def library_for_check(model_file: Path, rtx_sm: int | None) -> Path | None:
 
 def _ops_with_plugin(nodes: Sequence[PluginNode]) -> tuple[str, ...]:
     return tuple(sorted({node.op for node in nodes if find_op(node.op).plugin}))
+
+
+def about_plugins(
+    plugins: Plugins | None, given: PluginLibrary | None, verify: bool
+) -> dict[str, Any]:
+    """What the report says of the plugin library, nothing where there is none."""
+    if plugins is None:
+        return {} if given is None else {"plugins": {given.path.name: "not needed, left out"}}
+    sms = ", ".join(f"SM {sm}" for sm in plugins.target.sms)
+    about = {"library": f"for {plugins.target.arch}, {sms}: {', '.join(plugins.target.ops)}"}
+    return {"plugins": {**about, "checked here": plugins.checked if verify else "no: --no-verify"}}
 
 
 def place_library(library: PluginLibrary, folder: Path) -> PluginLibrary:

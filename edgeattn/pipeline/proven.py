@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.errors import BundleError
+from edgeattn.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
+    from edgeattn.recipe import Recipe
 
 
 def golden_file(bundle: Bundle, name: str) -> Path:
@@ -26,6 +27,20 @@ def golden_file(bundle: Bundle, name: str) -> Path:
             todo="pass --checkpoint MODEL, or export it again with verification",
         )
     return file
+
+
+def require_uncalibrated(recipe: Recipe) -> None:
+    """Refuses to make a model of a bundle's recipe again whose weights were chosen on a text.
+
+    Raises:
+        UsageError: some were.
+    """
+    if recipe.needs_calibration:
+        raise UsageError(
+            expected="a bundle whose weights follow from the checkpoint alone",
+            came=f"{recipe.calibrated_part} chose some on a calibration text",
+            todo="verify it without --checkpoint, against the golden vectors in the bundle",
+        )
 
 
 def require_source(bundle: Bundle, identity: Mapping[str, Any], checkpoint: str | Path) -> None:

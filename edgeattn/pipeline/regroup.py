@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn import __version__
+from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import RuntimeInputError
+from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.group_query import regrouped_shape
 from edgeattn.recipe import Recipe
@@ -32,18 +35,28 @@ _HELD_WINDOWS = 8
 
 def made_before(recipe: Recipe) -> dict[str, Any]:
     """What later transforms depend on of the ones here, JSON-ready; nothing without any."""
-    if recipe.group_query is None:
-        return {}
-    found: dict[str, Any] = {"group query": recipe.group_query.label}
-    if recipe.finetune_text is not None:
-        from edgeattn.calibration.windows import text_sha256
-
+    request = recipe.attention_request
+    found: dict[str, Any] = {}
+    if recipe.group_query is not None:
+        found["group query"] = recipe.group_query.label
+    if isinstance(request, LionRequest):
+        found["linear attention"] = request.label
+    if found and recipe.finetune_text is not None:
         found["finetune"] = {
-            "text_sha256": text_sha256(read_text(Path(recipe.finetune_text))),
+            "sha256": _sha256(Path(recipe.finetune_text)),
             "steps": recipe.finetune_steps,
             "learning_rate": recipe.finetune_lr,
         }
     return found
+
+
+def _sha256(material: Path) -> str:
+    """Of a text, or of images."""
+    from edgeattn.calibration.windows import text_sha256
+
+    if material.suffix == IMAGES:
+        return hashlib.sha256(material.read_bytes()).hexdigest()
+    return text_sha256(read_text(material))
 
 
 def with_regrouped_heads(
@@ -210,7 +223,8 @@ def _recovered(
     made_from: Mapping[str, Any],
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.transforms.recover import LEARNING_RATE, recover
+    from edgeattn.transforms.descent import LEARNING_RATE
+    from edgeattn.transforms.recover import recover
     from edgeattn.transforms.spread import training_devices
 
     assert recipe.finetune_text is not None

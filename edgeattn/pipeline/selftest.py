@@ -7,16 +7,17 @@ from datetime import datetime, timezone
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from edgeattn.bundle.bundle import GOLDEN, Bundle
+from edgeattn.bundle.bundle import GOLDEN, GOLDEN_ENCODER, Bundle
 from edgeattn.bundle.whole_file import write_text
 from edgeattn.devices.probe import Probe
 from edgeattn.engine.record import Engine, require_runs_here
 from edgeattn.errors import BundleError, ProofError
 from edgeattn.pipeline.clock import Progress
 from edgeattn.verify.compare import Agreement
+from edgeattn.verify.encoder_golden import EncoderGolden
 from edgeattn.verify.failures import disagreement_error
 from edgeattn.verify.golden import Golden
-from edgeattn.verify.tensorrt_backend import EngineAgreement, cases_for, check_engine
+from edgeattn.verify.tensorrt_backend import AnyGolden, EngineAgreement, cases_for, check_engine
 
 SCHEMA_VERSION = 1
 
@@ -96,8 +97,7 @@ def self_test(
     """
     stored = _stored(engine, found)
     if stored is None:
-        file = bundle.file(GOLDEN)
-        golden = None if file is None else Golden.load(file)
+        golden = _golden_of(bundle)
         if golden is None or not cases_for(engine, golden)[0].cases:
             return None
         stored, _ = run_and_store(engine, bundle, golden, found, progress)
@@ -114,7 +114,7 @@ def self_test(
 def run_and_store(
     engine: Engine,
     bundle: Bundle,
-    golden: Golden,
+    golden: AnyGolden,
     found: Probe,
     progress: Progress | None = None,
 ) -> tuple[SelfTest, EngineAgreement]:
@@ -148,6 +148,13 @@ def run_and_store(
     )
     _store(engine, outcome)
     return outcome, checked
+
+
+def _golden_of(bundle: Bundle) -> AnyGolden | None:
+    file = bundle.file(GOLDEN_ENCODER if bundle.is_encoder else GOLDEN)
+    if file is None:
+        return None
+    return EncoderGolden.load(file) if bundle.is_encoder else Golden.load(file)
 
 
 def _errors(agreement: Agreement) -> dict[str, GroupError]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeattn import __version__
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import MissingDependencyError, UsageError
+from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
 from edgeattn.pipeline.regroup import made_before, with_regrouped_heads
@@ -91,7 +92,7 @@ def require_inputs(recipe: Recipe) -> None:
     require_attention(recipe)
     if recipe.needs_calibration and recipe.calibration is None:
         raise UsageError(
-            expected=f"a text that {_calibrated(recipe)} can be calibrated on",
+            expected=f"a text that {recipe.calibrated_part} can be calibrated on",
             came="none was given",
             todo="pass --calibration FILE, plain text of the kind the model will read "
             f"({recipe.calibration_windows} windows of {CALIBRATION_LENGTH} tokens)",
@@ -104,15 +105,9 @@ def require_inputs(recipe: Recipe) -> None:
         )
     calibration = recipe.calibration if recipe.needs_calibration else None
     for text in (calibration, recipe.finetune_text, recipe.eval_text):
-        if text is not None:
+        # Images are known to fit once the model is.
+        if text is not None and Path(text).suffix != IMAGES:
             read_text(Path(text))
-
-
-def _calibrated(recipe: Recipe) -> str:
-    """What of a recipe is calibrated, scheme or attention variant."""
-    if recipe.scheme.needs_calibration:
-        return f"scheme {recipe.scheme.name}"
-    return next(r.label for r in recipe.attention_requests if r.needs_calibration)
 
 
 def transform(

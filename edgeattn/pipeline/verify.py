@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgeattn.bundle import bundle as layout
 from edgeattn.errors import BundleError, UsageError, unknown_name
 from edgeattn.pipeline.clock import Clock, Progress
-from edgeattn.pipeline.proven import golden_file, require_source
+from edgeattn.pipeline.proven import golden_file, require_source, require_uncalibrated
 from edgeattn.pipeline.transform import proof_tokens, require_export_extra, transform
 from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.devices.probe import Probe
     from edgeattn.engine.record import Engine
-    from edgeattn.verify.golden import Golden
+    from edgeattn.verify.tensorrt_backend import AnyGolden
     from edgeattn.verify.verify import Verification
 
 
@@ -56,6 +56,8 @@ def verify_bundle(
     from edgeattn.bundle.bundle import Bundle
     from edgeattn.bundle.graph import read_graph
     from edgeattn.pipeline.plugins import library_for_check
+    from edgeattn.verify.encoder import check_encoder
+    from edgeattn.verify.encoder_golden import EncoderGolden
     from edgeattn.verify.verify import check
 
     if backend not in BACKENDS:
@@ -69,25 +71,24 @@ def verify_bundle(
     if backend == "triton":
         return _verify_triton(bundle)
     lowering = Lowering.from_dict(bundle.manifest.lowering)
-    if bundle.is_encoder:
-        from edgeattn.pipeline.verify_encoder import verify_encoder_bundle
-
-        return verify_encoder_bundle(
-            bundle,
-            lowering,
-            backend=backend,
-            checkpoint=checkpoint,
-            offline=offline,
-            tensorrt=tensorrt,
-            provider=provider,
-            progress=progress,
-        )
     if backend == "tensorrt":
         # whether an engine runs here is known before a checkpoint is read
         chosen, found = _engine_of(bundle, engine)
         golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
         return _verify_engine(chosen, bundle, golden, found, progress)
     golden = _golden_of(bundle, lowering, checkpoint, offline, progress)
+    library = library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None
+    if isinstance(golden, EncoderGolden):
+        return check_encoder(
+            bundle.model_file,
+            golden,
+            lowering,
+            bundle.encoder_shape,
+            tensorrt=tensorrt,
+            provider=provider,
+            plugin_library=library,
+            progress=progress,
+        )
     return check(
         bundle.model_file,
         golden,
@@ -95,7 +96,7 @@ def verify_bundle(
         bundle.shape,
         tensorrt=tensorrt,
         provider=provider,
-        plugin_library=library_for_check(bundle.model_file, lowering.rtx_sm) if tensorrt else None,
+        plugin_library=library,
         progress=progress,
     )
 
@@ -136,7 +137,7 @@ def _engine_of(bundle: Bundle, named: Path | None) -> tuple[Engine, Probe]:
 
 
 def _verify_engine(
-    engine: Engine, bundle: Bundle, golden: Golden, found: Probe, progress: Progress | None
+    engine: Engine, bundle: Bundle, golden: AnyGolden, found: Probe, progress: Progress | None
 ) -> Verification:
     """Runs an engine even where it passed before: that is what was asked for."""
     from edgeattn.pipeline.selftest import run_and_store
@@ -152,22 +153,20 @@ def _golden_of(
     checkpoint: str | Path | None,
     offline: bool,
     progress: Progress | None,
-) -> Golden:
+) -> AnyGolden:
     from edgeattn.verify.golden import Golden
     from edgeattn.verify.verify import record_golden
 
+    if bundle.is_encoder:
+        from edgeattn.pipeline.verify_encoder import encoder_golden_of
+
+        return encoder_golden_of(bundle, lowering, checkpoint, offline, progress)
     if checkpoint is None:
         return Golden.load(golden_file(bundle, layout.GOLDEN))
     from edgeattn.models.hub import open_model
 
     recipe = Recipe.from_dict(bundle.manifest.recipe)
-    if recipe.needs_calibration:
-        chosen = lowering.scheme.label if lowering.scheme.needs_calibration else lowering.variant
-        raise UsageError(
-            expected="a bundle whose weights follow from the checkpoint alone",
-            came=f"{chosen} chose some on a calibration text",
-            todo="verify it without --checkpoint, against the golden vectors in the bundle",
-        )
+    require_uncalibrated(recipe)
     require_export_extra()
     clock = Clock(progress)
     opened = open_model(checkpoint, offline=offline, progress=clock.staged("downloading"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeattn.encoder_shape import AnyShape, EncoderShape
 from edgeattn.quant.scheme import Scheme, WeightFormat
 from edgeattn.recipe import CALIBRATION_LENGTH
 from edgeattn.shape import ModelShape
@@ -12,22 +13,25 @@ _OBSERVED_PER_S, _REFIT_PER_S = 32e9, 40e9
 _FORWARD_PER_S, _LEARNED_PER_S = 18e9, 7.3e9
 _GPTQ_PER_S = 3.3e6  # weights
 _LEARNED_TOKENS = 1024  # in a step
+# Tokens of an encoder's windows: about those of the texts it reads, and attention is quadratic.
+ENCODER_LENGTH = 128
 _MATRICES = 7  # K x K in fp64 at once
 _LOGITS = 3  # of a window at once: themselves, their logarithms, gradients
 
 
-def window_length(shape: ModelShape, context: int | None) -> int:
+def window_length(shape: AnyShape, context: int | None) -> int:
     """Tokens of a calibration window.
 
     Args:
         shape: the architecture.
         context: of the bundle; None takes the checkpoint's own.
     """
-    return min(CALIBRATION_LENGTH, context or shape.max_context)
+    longest = ENCODER_LENGTH if isinstance(shape, EncoderShape) else CALIBRATION_LENGTH
+    return min(longest, context or shape.max_context)
 
 
 def calibration_seconds(
-    shape: ModelShape, scheme: Scheme, windows: int, length: int, *, learns: bool = True
+    shape: AnyShape, scheme: Scheme, windows: int, length: int, *, learns: bool = True
 ) -> dict[str, float]:
     """Seconds by stage, beside those of an export without a text.
 
@@ -58,7 +62,7 @@ def calibration_seconds(
     return found
 
 
-def calibration_bytes(shape: ModelShape, scheme: Scheme, windows: int, length: int) -> int:
+def calibration_bytes(shape: AnyShape, scheme: Scheme, windows: int, length: int) -> int:
     """Memory of the windows on their way through a layer, and of K x K statistics there.
 
     Or of the residual streams behind all trials of sensitivity, where those take more.
@@ -92,7 +96,7 @@ def learning_bytes(shape: ModelShape, length: int) -> int:
     return 4 * (numbers + _LOGITS * length * shape.vocab_size)
 
 
-def work_bytes(shape: ModelShape, scheme: Scheme, wide: int, *, learns: bool = True) -> int:
+def work_bytes(shape: AnyShape, scheme: Scheme, wide: int, *, learns: bool = True) -> int:
     """Disk for finished layers, until what they are for is there: a byte for every weight.
 
     Args:
@@ -109,14 +113,16 @@ def work_bytes(shape: ModelShape, scheme: Scheme, wide: int, *, learns: bool = T
         return outputs * inputs + outputs * (inputs // group) * wide
 
     layer = sum(stored(n, k, scheme.format_of(name)) for name, (n, k) in shape.linears().items())
-    head = stored(shape.vocab_size, shape.hidden_size, scheme.head) if scheme.small_head else 0
+    head = 0
+    if scheme.small_head and isinstance(shape, ModelShape):
+        head = stored(shape.vocab_size, shape.hidden_size, scheme.head)
     # As they are while they are learned, and as they were found.
     matrices = shape.hidden_size**2 + shape.num_layers * shape.head_dim**2
     rotations = 2 * 8 * matrices if scheme.rotation == "learned" and learns else 0
     return _candidates(scheme, learns) * (shape.num_layers * layer + head) + rotations
 
 
-def _block_weights(shape: ModelShape) -> int:
+def _block_weights(shape: AnyShape) -> int:
     return shape.num_layers * sum(n * k for n, k in shape.linears().values())
 
 
@@ -125,6 +131,6 @@ def _candidates(scheme: Scheme, learns: bool) -> int:
     return 2 if scheme.rotation == "auto" or (scheme.rotation == "learned" and learns) else 1
 
 
-def _trials(shape: ModelShape, scheme: Scheme) -> int:
+def _trials(shape: AnyShape, scheme: Scheme) -> int:
     """Of sensitivity: one for each input that is rounded, or for each linear layer."""
     return shape.num_layers * (4 if scheme.activation_bits is not None else 7)

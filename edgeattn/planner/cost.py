@@ -191,8 +191,8 @@ class PaperCost:
 
 
 def paper_cost(shape: ModelShape, context: int, tradeoff: Tradeoff) -> PaperCost:
-    """M, C and Z of a model at a context."""
-    layers, width = shape.num_layers, shape.head_dim
+    """M, C and Z of a model at a context; the paper knows no layers but those with a cache."""
+    layers, width = shape.caching_layers, shape.head_dim
     values = inference_values(shape.num_parameters, layers, width, shape.num_kv_heads, context)
     multiplied = multiplied_parameters(shape)
     flops = inference_flops(multiplied, layers, width, shape.num_heads, context)
@@ -205,7 +205,12 @@ def with_heads(shape: ModelShape, heads: Heads) -> ModelShape:
 
 
 def candidate_heads(shape: ModelShape) -> list[Heads]:
-    """The paper's 21 pairs of powers of two, and all KV heads that the model's own could share."""
+    """The paper's 21 pairs of powers of two, and all KV heads that the model's own could share.
+
+    Only its own where no layer has a cache, as heads then change nothing that is costed.
+    """
+    if not shape.caching_layers:
+        return [Heads(shape.num_heads, shape.num_kv_heads)]
     powers = [2**n for n in range(MOST_HEADS.bit_length())]
     published = {Heads(query, kv) for query in powers for kv in powers if kv <= query}
     own = shape.num_heads

@@ -53,7 +53,7 @@ class EncoderCostCurve:
 def encoder_cost_curves(
     shape: EncoderShape, lowering: Lowering, target: Target
 ) -> list[EncoderCostCurve]:
-    """The graph's curve and, where it differs, that of the model before quantisation.
+    """The graph's curve and, where it differs, that of the same model before anything was changed.
 
     Args:
         shape: the architecture; images have one size and so no curve.
@@ -64,9 +64,11 @@ def encoder_cost_curves(
         return []
     contexts = curve_contexts(lowering.context or shape.max_context)
     curves = [EncoderCostCurve("this bundle", _points(shape, lowering, target, contexts))]
-    if lowering.scheme.weight_bits or lowering.scheme.rounds_at_run_time:
+    scheme = lowering.scheme
+    if scheme.weight_bits or scheme.rounds_at_run_time or shape.has_variants:
         plain = replace(lowering, scheme=parse_scheme("none"))
-        points = _points(shape, plain, target, contexts)
+        cycle = tuple(replace(kind, attention=None) for kind in shape.layer_cycle)
+        points = _points(replace(shape, layer_cycle=cycle), plain, target, contexts)
         curves.append(EncoderCostCurve(f"the model in {lowering.dtype}", points))
     return curves
 

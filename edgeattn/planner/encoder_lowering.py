@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeattn.attention import LionRequest
 from edgeattn.devices.registry import Target
-from edgeattn.encoder_shape import EncoderShape, PatchInput
+from edgeattn.encoder_shape import AnyShape, EncoderShape, PatchInput
 from edgeattn.errors import LoweringError
-from edgeattn.planner.lowering import Lowering, check_groups, fit_head_dim
+from edgeattn.planner.lowering import (
+    Lowering,
+    check_groups,
+    check_rotated,
+    fit_head_dim,
+    fit_lowering,
+)
+from edgeattn.quant.scheme import Scheme
 
 
 def fit_encoder_lowering(lowering: Lowering, shape: EncoderShape, target: Target) -> Lowering:
@@ -20,10 +28,11 @@ def fit_encoder_lowering(lowering: Lowering, shape: EncoderShape, target: Target
 
     Raises:
         LoweringError: the recipe asks for what only decoders have, a group does not divide a width,
-            or the context exceeds the checkpoint's.
+            a width cannot be rotated, or the context exceeds the checkpoint's.
     """
     _refuse_decoding(lowering, shape)
     check_groups(lowering.scheme, shape.linears())
+    check_rotated(lowering.scheme, shape)
     context = lowering.context
     if context is not None and isinstance(shape.input, PatchInput):
         raise LoweringError(
@@ -40,17 +49,28 @@ def fit_encoder_lowering(lowering: Lowering, shape: EncoderShape, target: Target
     # ONNX Runtime's operator for decoders is causal; there is no cache.
     spelling = "standard" if lowering.attention == "group-query" else lowering.attention
     plain = replace(lowering, attention=spelling, kv_cache="concat")
+    # Which layers to keep is chosen by the loss of the next token.
+    plain = replace(plain, scheme=replace(lowering.scheme, keep=0.0))
     return fit_head_dim(plain, shape.head_dim, target.software.graph)
 
 
+def fit_any_lowering(lowering: Lowering, shape: AnyShape, target: Target) -> Lowering:
+    """`fit_encoder_lowering` or `fit_lowering`, as the model is one or the other."""
+    if isinstance(shape, EncoderShape):
+        return fit_encoder_lowering(lowering, shape, target)
+    return fit_lowering(lowering, shape, target)
+
+
 def _refuse_decoding(lowering: Lowering, shape: EncoderShape) -> None:
-    """Refuses what an encoder has no use for, or cannot have yet."""
+    """Refuses what an encoder has no use for, or cannot have."""
     scheme = lowering.scheme
     asked = {
         "--kv-cache static": lowering.kv_cache == "static",
         "--logits last": lowering.logits == "last",
         f"--quant {scheme.label} (int8 cache)": scheme.kv_bits is not None,
-        f"--attention {lowering.variant}": lowering.variant is not None,
+        f"--quant {scheme.label} (LM head)": scheme.small_head,
+        f"--quant {scheme.label} (judged by the next token)": _needs_next_token(scheme),
+        f"--attention {lowering.variant}": not isinstance(lowering.request, LionRequest | None),
     }
     for what, given in asked.items():
         if given:
@@ -59,9 +79,9 @@ def _refuse_decoding(lowering: Lowering, shape: EncoderShape) -> None:
                 came=f"family {shape.family} is an encoder",
                 todo="leave it out",
             )
-    if scheme.needs_calibration or scheme.rotation != "none":
-        raise LoweringError(
-            expected="a scheme that rounds each weight to the nearest, for an encoder",
-            came=f"{scheme.label} rotates or is calibrated on a text",
-            todo="choose w8-rtn or w4-rtn",
-        )
+
+
+def _needs_next_token(scheme: Scheme) -> bool:
+    """Whether something is asked for that is learned, or chosen, by the loss of the next token."""
+    keeps = any(setting.startswith("keep=") for setting in scheme.settings)
+    return scheme.rotation in ("auto", "learned") or (keeps and scheme.keep > 0)

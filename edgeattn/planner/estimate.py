@@ -63,7 +63,7 @@ _SMALL_BYTES, _REPORT_BYTES, _REPORT_BLOCK_BYTES = 33_000, 8_000, 1_010
 
 # Resident bytes once torch, onnxscript and a traced block are there.
 _BASE_MEMORY = 431_000_000
-_RTX_BASE_MEMORY = 260_000_000
+RTX_BASE_MEMORY = 260_000_000
 
 # Seconds: imports, tracing one block, and what each further step does in a second.
 _START_S, _TRACE_S = 2.1, 3.4
@@ -289,7 +289,7 @@ def tensorrt_build_bytes(shape: ModelShape, lowering: Lowering) -> int:
     stored = weight_bytes(shape, lowering)
     largest = _largest_matrix(shape)
     quantised = lowering.scheme.embedding is not None
-    return int(_RTX_BASE_MEMORY + (15 if quantised else 22) * largest + 1.5 * stored)
+    return int(RTX_BASE_MEMORY + (15 if quantised else 22) * largest + 1.5 * stored)
 
 
 def _seconds(

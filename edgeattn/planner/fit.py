@@ -17,9 +17,16 @@ from typing import Any
 
 from edgeattn.devices.registry import Target, all_devices, parse_target
 from edgeattn.devices.schema import Memory
+from edgeattn.encoder_shape import AnyShape, EncoderShape, is_image
 from edgeattn.errors import EdgeattnError
-from edgeattn.planner.estimate import tensorrt_build_bytes
-from edgeattn.planner.lowering import Lowering, fit_lowering, plan_lowering
+from edgeattn.planner.encoder_estimate import (
+    build_bytes,
+    encoder_activation_bytes,
+    encoder_output_bytes,
+    encoder_weight_bytes,
+)
+from edgeattn.planner.encoder_lowering import fit_any_lowering
+from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.planner.memory import DTYPE_BYTES, cache_bytes_per_token, weight_bytes
 from edgeattn.quant.scheme import SCHEMES
 from edgeattn.recipe import Recipe
@@ -46,7 +53,7 @@ class MemoryFit:
         weights: as stored, with what an engine adds.
         cache: keys and values; twice where a step writes a longer one beside the old one.
         activations: of the largest step.
-        logits: that such a step gives.
+        logits: that such a step gives; an encoder's outputs.
         runtime: see `RUNTIME_BYTES`.
         system: what is not the model's to use.
         build: of TensorRT's builder, in the CPU's memory; 0 without an engine.
@@ -108,7 +115,7 @@ class Choice:
     Attributes:
         target: NAME@SOFTWARE.
         quant: scheme.
-        context: in tokens.
+        context: in tokens; None for images.
         batch: rows.
         needed: bytes while it runs.
         device: bytes there are.
@@ -116,14 +123,14 @@ class Choice:
 
     target: str
     quant: str
-    context: int
+    context: int | None
     batch: int
     needed: int
     device: int
 
 
 def memory_fit(
-    shape: ModelShape,
+    shape: AnyShape,
     lowering: Lowering,
     memory: Memory | None,
     *,
@@ -139,30 +146,51 @@ def memory_fit(
         available: bytes there are, where that is known better than from the device's file.
         stored: bytes of the weights file, where there is one.
     """
-    context = lowering.context or shape.max_context
-    wide, rows = DTYPE_BYTES[lowering.dtype], lowering.batch
-    tokens = min(PREFILL_TOKENS, context)
+    context, rows = lowering.context or shape.max_context, lowering.batch
+    step = _encoder_step if isinstance(shape, EncoderShape) else _decoder_step
+    cache, activations, output = step(shape, lowering, context)  # type: ignore[arg-type]
     on_gpu = lowering.flavour != "onnxruntime"
     shared = memory is None or memory.shared_with_cpu
     total = int(1e9 * memory.total_gb) if memory else 0
-    weights = stored if stored is not None else weight_bytes(shape, lowering)
+    weights = stored if stored is not None else _weight_bytes(shape, lowering)
     if on_gpu:
         weights += ENGINE_BYTES + ENGINE_LAYER_BYTES * shape.num_layers
     elif lowering.dtype == "fp16":
         weights *= 2  # ONNX Runtime computes it in fp32 on a CPU
     return MemoryFit(
         weights=weights,
-        cache=_cache_copies(lowering) * cache_bytes_per_token(shape, lowering) * context * rows,
-        activations=rows * tokens * _activation_bytes_per_token(shape, lowering, context),
-        logits=rows * (tokens if lowering.logits == "all" else 1) * shape.vocab_size * wide,
+        cache=rows * cache,
+        activations=rows * activations,
+        logits=rows * output,
         runtime=RUNTIME_BYTES if on_gpu else 0,
         system=SYSTEM_BYTES if shared and on_gpu else 0,
-        build=tensorrt_build_bytes(shape, lowering) if on_gpu else 0,
+        build=build_bytes(shape, lowering) if on_gpu else 0,
         device=total if available is None else available,
         shared=shared,
         context=context,
         batch=rows,
     )
+
+
+def _weight_bytes(shape: AnyShape, lowering: Lowering) -> int:
+    if isinstance(shape, EncoderShape):
+        return encoder_weight_bytes(shape, lowering)
+    return weight_bytes(shape, lowering)
+
+
+def _encoder_step(shape: EncoderShape, lowering: Lowering, context: int) -> tuple[int, int, int]:
+    """Bytes of a row's cache, of a step's tensors and of its outputs."""
+    tensors = context * encoder_activation_bytes(shape, lowering)
+    return 0, tensors, encoder_output_bytes(shape, lowering)
+
+
+def _decoder_step(shape: ModelShape, lowering: Lowering, context: int) -> tuple[int, int, int]:
+    """Likewise; a long prompt comes in pieces."""
+    tokens = min(PREFILL_TOKENS, context)
+    cache = _cache_copies(lowering) * cache_bytes_per_token(shape, lowering) * context
+    tensors = tokens * _activation_bytes_per_token(shape, lowering, context)
+    logits = (tokens if lowering.logits == "all" else 1) * shape.vocab_size
+    return cache, tensors, logits * DTYPE_BYTES[lowering.dtype]
 
 
 def _cache_copies(lowering: Lowering) -> int:
@@ -187,7 +215,7 @@ def _activation_bytes_per_token(shape: ModelShape, lowering: Lowering, context: 
 
 
 def what_fits(
-    shape: ModelShape, recipe: Recipe, target: Target, *, available: int | None = None
+    shape: AnyShape, recipe: Recipe, target: Target, *, available: int | None = None
 ) -> list[Choice]:
     """Ways to run a model that does not fit as asked: schemes, shorter contexts, larger devices.
 
@@ -222,11 +250,11 @@ def _schemes(recipe: Recipe) -> list[str]:
 
 
 def _longest(
-    shape: ModelShape, quant: str, recipe: Recipe, target: Target, available: int | None
+    shape: AnyShape, quant: str, recipe: Recipe, target: Target, available: int | None
 ) -> Choice | None:
     """A scheme at the longest context that fits."""
     for batch in dict.fromkeys((recipe.batch, 1)):
-        for context in _contexts(recipe.context or shape.max_context):
+        for context in _contexts(shape, recipe):
             asked = replace(recipe, quant=quant, context=context, batch=batch)
             choice = _choice(shape, asked, target, available)
             if choice is not None:
@@ -234,21 +262,29 @@ def _longest(
     return None
 
 
-def _contexts(longest: int) -> Iterator[int]:
+def _contexts(shape: AnyShape, recipe: Recipe) -> Iterator[int | None]:
+    """Contexts to try, the longest first; an image has as many tokens as it has."""
+    if is_image(shape):
+        yield recipe.context
+        return
+    longest = recipe.context or shape.max_context
+    yield longest
+    longest //= 2
     while longest >= _SHORTEST_CONTEXT:
         yield longest
         longest //= 2
 
 
 def _choice(
-    shape: ModelShape, recipe: Recipe, target: Target, available: int | None
+    shape: AnyShape, recipe: Recipe, target: Target, available: int | None
 ) -> Choice | None:
     """What a recipe takes, None where it is refused or does not fit."""
     try:
-        lowering = fit_lowering(plan_lowering(recipe, target), shape, target)
+        lowering = fit_any_lowering(plan_lowering(recipe, target), shape, target)
     except EdgeattnError:
         return None
     fit = memory_fit(shape, lowering, target.device.memory, available=available)
     if not fit.fits:
         return None
-    return Choice(target.name, recipe.quant, fit.context, fit.batch, fit.needed, fit.device)
+    context = None if is_image(shape) else fit.context
+    return Choice(target.name, recipe.quant, context, fit.batch, fit.needed, fit.device)

@@ -67,8 +67,8 @@ def regrouped_shape(shape: ModelShape, request: GroupQueryRequest | None) -> Mod
         request: None leaves it as it is.
 
     Raises:
-        LoweringError: layers without KV heads, numbers that do not divide, or that are those of
-            the checkpoint.
+        LoweringError: numbers that do not divide, or that are those of the checkpoint, or a model
+            of linear attention.
     """
     if request is None:
         return shape

@@ -15,6 +15,7 @@ from edgeattn.attention import (
 )
 from edgeattn.devices.registry import Target
 from edgeattn.devices.schema import GraphRules
+from edgeattn.encoder_shape import AnyShape
 from edgeattn.errors import BundleError, LoweringError, UsageError
 from edgeattn.planner.recurrent import check_attention_kind, fit_recurrent
 from edgeattn.quant.scheme import Scheme, parse_scheme
@@ -297,21 +298,26 @@ def _check_scheme(scheme: Scheme, shape: ModelShape) -> None:
             came=f"family {shape.family} normalises what they give: no rotation commutes with it",
             todo="choose a scheme without rotation, such as w4a16-gptq",
         )
-    for what, width in _rotated_widths(scheme, shape).items():
+    check_rotated(scheme, shape)
+
+
+def check_rotated(scheme: Scheme, shape: AnyShape) -> None:
+    """Refuses a scheme that rotates where no Hadamard matrix fits, not even in blocks.
+
+    Raises:
+        LoweringError: naming the width.
+    """
+    if scheme.rotation == "none":
+        return
+    online = {"intermediate size": shape.intermediate_size} if scheme.online else {}
+    widths = {"hidden size": shape.hidden_size, "head_dim": shape.head_dim, **online}
+    for what, width in widths.items():
         if width % 2:
             raise LoweringError(
                 expected=f"an even {what}, which scheme {scheme.label} rotates",
                 came=f"it is {width}",
                 todo="choose a scheme without rotation, such as w4a16-gptq",
             )
-
-
-def _rotated_widths(scheme: Scheme, shape: ModelShape) -> dict[str, int]:
-    """Widths a Hadamard matrix is needed for, at least in blocks."""
-    if scheme.rotation == "none":
-        return {}
-    online = {"intermediate size": shape.intermediate_size} if scheme.online else {}
-    return {"hidden size": shape.hidden_size, "head_dim": shape.head_dim, **online}
 
 
 def _fit_attention(lowering: Lowering, shape: ModelShape, graph: GraphRules) -> Lowering:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgeattn.attention import AttentionRequest, RecurrentRequest
+from edgeattn.attention import AttentionRequest, LionRequest, RecurrentRequest
 from edgeattn.errors import LoweringError
 from edgeattn.recurrent import Recurrent
 from edgeattn.shape import ModelShape
@@ -20,6 +20,12 @@ def check_attention_kind(request: AttentionRequest, shape: ModelShape) -> None:
     Raises:
         LoweringError: the request does not fit the model's layers.
     """
+    if isinstance(request, LionRequest):
+        raise LoweringError(
+            expected=f"an encoder, for {request.label}: each token sees those behind it too",
+            came=f"family {shape.family} is a decoder",
+            todo="leave out --attention",
+        )
     asks = isinstance(request, RecurrentRequest)
     if asks and not shape.is_recurrent:
         raise LoweringError(

@@ -12,17 +12,20 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from edgeattn.calibration.network import Network, Walk, network_of
 from edgeattn.calibration.store import HEAD, LayerStore, StoredLinear
-from edgeattn.calibration.walk import STAGES, LayerWalk
+from edgeattn.calibration.walk import LayerWalk
 from edgeattn.models.decoder import DecoderLayer
+from edgeattn.models.encoder_model import EncoderModel
 from edgeattn.models.families import EMBEDDING, LM_HEAD
 from edgeattn.models.linear import linear_of
-from edgeattn.models.model import Model, ModelWeights, load_layer
-from edgeattn.models.stream import Head, batches, embed_windows, run_layer, window_inputs
+from edgeattn.models.model import Model, ModelWeights
+from edgeattn.models.stream import Head, batches
 from edgeattn.quant.activation import LinearInput
 from edgeattn.quant.affine import QuantizedTensor, quantize_symmetric
 from edgeattn.quant.kv_cache import Int8Cache
@@ -31,11 +34,12 @@ from edgeattn.transforms.kv_cache import measured_cache, stored_cache
 from edgeattn.transforms.linear_quantizer import LinearQuantizer
 
 Progress = Callable[[int, int], None]
+_Model = TypeVar("_Model", Model, EncoderModel)
 
 
 @torch.inference_mode()
 def quantize_on_text(
-    model: Model,
+    model: _Model,
     scheme: Scheme,
     windows: Tensor,
     store: LayerStore,
@@ -43,49 +47,53 @@ def quantize_on_text(
     scale_dtype: torch.dtype,
     kept: frozenset[str] = frozenset(),
     progress: Progress | None = None,
-) -> Model:
+) -> _Model:
     """The model with linear layers quantised on `windows`; tables round to nearest.
 
     Args:
         model: rotated or not, in floating point.
         scheme: what to do.
-        windows: token ids `[N, L]`.
+        windows: token ids `[N, L]`, or pixels `[N, C, height, width]`.
         store: finished layers, those of an earlier run among them.
         scale_dtype: dtype of weight scales, the one the graph computes in.
         kept: weights of the layers that stay at the next higher precision.
         progress: called with (layers done, all layers).
     """
-    shape = model.shape
+    network, count = network_of(model, windows), model.shape.num_layers
     # What the first layer reads in the graph: rows of the quantised table.
-    tables = _StoredWeights(model.weights, scheme, store, scale_dtype)
-    hidden = embed_windows(replace(model, weights=tables), windows)
-    exact = embed_windows(model, windows) if scheme.refit else None
-    shared = window_inputs(shape, windows.shape[1])
-    for index in range(shape.num_layers):
-        layer = load_layer(model, index, weight_dtype=torch.float32)
-        kind = shared[shape.layer_kind(index)]
+    hidden = network.embedded(_StoredWeights(model.weights, scheme, store, scale_dtype))
+    exact = network.embedded(model.weights) if scheme.refit else None
+    for index in range(count):
+        layer = network.layer(index)
         original = None
         if exact is not None:
-            original = LayerWalk(copy.deepcopy(layer), exact, kind, shape)
+            original = network.walk(copy.deepcopy(layer), index, exact)
+        walk = network.walk(layer, index, hidden)
         if store.has(index):
-            for name, stored in store.read(index).items():
-                _apply(layer, name, stored)
-            layer.self_attn.cache = stored_cache(scheme, store, index, shape.head_dim)
-            run_layer(layer, hidden, kind)
+            _restore(layer, index, scheme, store)
+            walk.run()
             if original is not None:
                 original.run()
         else:
-            walk = LayerWalk(layer, hidden, kind, shape)
             prefix = f"layers.{index}."
             here = {name.removeprefix(prefix) for name in kept if name.startswith(prefix)}
-            linears = _quantize_layer(layer, walk, original, scheme, scale_dtype, here)
-            cache = layer.self_attn.cache
+            linears = _quantize_layer(network, layer, walk, original, scheme, scale_dtype, here)
+            cache = layer.self_attn.cache if isinstance(layer, DecoderLayer) else None
             store.write(index, linears, None if cache is None else cache.scales)
         if progress:
-            progress(index + 1, shape.num_layers)
-    if scheme.small_head and not store.has(HEAD):
+            progress(index + 1, count)
+    if isinstance(model, Model) and scheme.small_head and not store.has(HEAD):
         store.write(HEAD, {HEAD: _quantize_head(model, scheme, hidden, exact, scale_dtype)})
     return stored_model(model, scheme, store, scale_dtype=scale_dtype)
+
+
+def _restore(layer: nn.Module, index: int, scheme: Scheme, store: LayerStore) -> None:
+    """Lets a layer compute as an earlier run left it."""
+    for name, stored in store.read(index).items():
+        _apply(layer, name, stored)
+    if isinstance(layer, DecoderLayer):
+        head_dim = layer.self_attn.kv_heads[1]
+        layer.self_attn.cache = stored_cache(scheme, store, index, head_dim)
 
 
 def _quantize_head(
@@ -99,16 +107,17 @@ def _quantize_head(
 
 
 def _quantize_layer(
-    layer: DecoderLayer,
-    walk: LayerWalk,
-    original: LayerWalk | None,
+    network: Network,
+    layer: nn.Module,
+    walk: Walk,
+    original: Walk | None,
     scheme: Scheme,
     scale_dtype: torch.dtype,
     kept: Set[str],
 ) -> dict[str, StoredLinear]:
     found = {}
-    for number, names in enumerate(STAGES):
-        if number == 1:
+    for number, names in enumerate(network.stages):
+        if number == 1 and isinstance(layer, DecoderLayer) and isinstance(walk, LayerWalk):
             layer.self_attn.cache = measured_cache(layer, walk, scheme, scale_dtype)
         first = linear_of(layer, names[0])
         reads, quantizer = first.reads, LinearQuantizer(scheme, first.in_features, scale_dtype)
@@ -132,7 +141,7 @@ def _pairs(
     return zip(seen, itertools.repeat(None)) if exact is None else zip(seen, exact, strict=True)
 
 
-def _apply(layer: DecoderLayer, name: str, stored: StoredLinear) -> None:
+def _apply(layer: nn.Module, name: str, stored: StoredLinear) -> None:
     """Lets a layer compute with what was stored."""
     linear = linear_of(layer, name)
     linear.weight.copy_(stored.weight.dequantize())
@@ -140,20 +149,27 @@ def _apply(layer: DecoderLayer, name: str, stored: StoredLinear) -> None:
 
 
 def stored_model(
-    model: Model, scheme: Scheme, store: LayerStore, *, scale_dtype: torch.dtype
-) -> Model:
+    model: _Model, scheme: Scheme, store: LayerStore, *, scale_dtype: torch.dtype
+) -> _Model:
     """The model whose linear layers are read from a complete store."""
     reads: dict[str, LinearInput] = dict(model.reads)
-    caches: dict[int, Int8Cache] = {}
     for index in range(model.shape.num_layers):
-        cache = stored_cache(scheme, store, index, model.shape.head_dim)
-        if cache is not None:
-            caches[index] = cache
         for name, scale in store.input_scales(index).items():
             key = f"layers.{index}.{name}.weight"
             reads[key] = replace(reads.get(key, LinearInput()), scale=scale)
     weights = _StoredWeights(model.weights, scheme, store, scale_dtype)
-    return replace(model, weights=weights, reads=reads, caches=caches)
+    found = replace(model, weights=weights, reads=reads)
+    if isinstance(found, Model):
+        return replace(found, caches=_stored_caches(found, scheme, store))
+    return found
+
+
+def _stored_caches(model: Model, scheme: Scheme, store: LayerStore) -> dict[int, Int8Cache]:
+    found = {
+        index: stored_cache(scheme, store, index, model.shape.head_dim)
+        for index in range(model.shape.num_layers)
+    }
+    return {index: cache for index, cache in found.items() if cache is not None}
 
 
 @dataclass(frozen=True)

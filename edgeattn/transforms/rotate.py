@@ -184,7 +184,7 @@ class _RotatedWeights:
             return torch.ones_like(self._stored(name), dtype=torch.float32)
         if name in (EMBEDDING, LM_HEAD):
             return self._table(name)
-        layer, linear, kind = _parts(name)
+        layer, linear, kind = parts_of(name)
         if kind == "bias":
             return self._bias(name, layer, linear)
         return self._linear(name, layer, linear) if linear else self._stored(name)
@@ -203,8 +203,7 @@ class _RotatedWeights:
         if linear == "self_attn.v_proj":
             weight = self._heads_of_rows(weight, layer)
         if linear == "self_attn.o_proj" and self.rotations.heads:
-            heads = torch.unflatten(weight, 1, (self.shape.num_heads, self.shape.head_dim))
-            weight = (heads @ self.rotations.heads[layer]).flatten(1)
+            weight = rotate_outputs(weight, self.rotations.heads[layer])
         if name in self.online and self.rotations.down is not None:
             weight = transform(weight, self.rotations.down)
         if linear in _TO_RESIDUAL and self.rotations.residual is not None:
@@ -218,12 +217,8 @@ class _RotatedWeights:
         return bias.float()
 
     def _heads_of_rows(self, weight: Tensor, layer: int) -> Tensor:
-        """R2ᵀ on the rows of every KV head."""
-        if not self.rotations.heads:
-            return weight
-        heads = torch.unflatten(weight, 0, (self.shape.num_kv_heads, self.shape.head_dim))
-        rotated: Tensor = self.rotations.heads[layer].T @ heads
-        return rotated.flatten(0, 1)
+        heads = self.rotations.heads
+        return rotate_values(weight, heads[layer]) if heads else weight
 
     def _into_residual(self, weight: Tensor) -> Tensor:
         residual = self.rotations.residual
@@ -240,7 +235,29 @@ class _RotatedWeights:
         return value
 
 
-def _parts(name: str) -> tuple[int, str, str]:
+def rotate_values(weight: Tensor, matrix: Tensor) -> Tensor:
+    """R2ᵀ on the rows of every KV head.
+
+    Args:
+        weight: of v_proj, `[H_kv D, K]`; its bias is one column of it.
+        matrix: R2, `[D, D]`.
+    """
+    rotated: Tensor = matrix.T @ torch.unflatten(weight, 0, (-1, len(matrix)))
+    return rotated.flatten(0, 1)
+
+
+def rotate_outputs(weight: Tensor, matrix: Tensor) -> Tensor:
+    """R2 on the columns of every query head.
+
+    Args:
+        weight: of o_proj, `[N, H D]`.
+        matrix: R2, `[D, D]`.
+    """
+    rotated: Tensor = torch.unflatten(weight, 1, (-1, len(matrix))) @ matrix
+    return rotated.flatten(1)
+
+
+def parts_of(name: str) -> tuple[int, str, str]:
     """Layer, linear layer ("" for a norm within it) and "weight" or "bias" of a parameter."""
     _, layer, rest = name.split(".", 2)
     part, _, kind = rest.rpartition(".")

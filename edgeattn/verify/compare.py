@@ -20,6 +20,8 @@ _PRESENT = re.compile(r"present\.(\d+)\.(key|value|conv_state|recurrent_state)$"
 _ALONE = re.compile(r"layer\.(\d+)\.(output|key|value)$")
 # What names of an operator's outputs begin with.
 OPERATOR = "operator "
+# A comparison of the head on the graph's own residual stream is this, a dot, and the logits' name.
+HEAD = "head"
 # The name under which golden vectors keep the KL of plain torch in low precision.
 KL = "kl"
 # Nats, for schemes that round at run time: small errors could add up in one direction.
@@ -63,6 +65,8 @@ class Agreement:
         max_kl: bound on `kl`, None without one.
         first_bad: the layer the first error sits in ("layer 3", "embedding", "LM head"), None when
             all agree.
+        amplified: tensors beyond the usual bound that are not held against the graph, see
+            `edgeattn.verify.amplified`.
     """
 
     backend: str
@@ -71,6 +75,7 @@ class Agreement:
     kl: float | None
     max_kl: float | None = None
     first_bad: str | None = None
+    amplified: int = 0
 
     @property
     def passed(self) -> bool:
@@ -96,6 +101,7 @@ class Agreement:
             "backend": self.backend,
             "passed": self.passed,
             "first_bad": self.first_bad,
+            "amplified": self.amplified,
             "top1_agreement": self.top1,
             "kl": self.kl if self.kl is None or np.isfinite(self.kl) else "inf",
             "worst": {group: c.tensor for group, c in self.worst_per_group().items()},
@@ -189,6 +195,8 @@ def group_of(tensor: str) -> str:
     if match := _ALONE.match(tensor):
         return f"layers alone, {match[2]}s"
     case, _, rest = tensor.partition(".")
+    if case == HEAD:
+        return "LM head alone, logits"
     if _HIDDEN.search(rest):
         return f"{case} residual stream"
     if match := _PRESENT.search(rest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ from edgeattn.planner.lowering import Lowering
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
 from edgeattn.verify.drive import Tensors
-from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases
+from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases, run_cases
 from edgeattn.verify.failures import overflow_error
+from edgeattn.verify.operators import Sample, watch_operators, with_operators
 from edgeattn.verify.ort_backend import rewritten
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
-from edgeattn.verify.verify import Progress, Verification, with_tensorrt
+from edgeattn.verify.verify import Progress, Verification, staged, with_tensorrt
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,8 @@ def prove_encoder(
     golden_file: Path,
     *,
     tokens: Sequence[int] | None,
+    operators_file: Path | None = None,
+    plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """The whole proof of a fresh export; its golden vectors are written for later ones.
@@ -89,6 +93,8 @@ def prove_encoder(
         model_file: the exported graph, its weights beside it.
         golden_file: where the golden vectors go.
         tokens: ids of a text to run, None for random ones.
+        operators_file: where samples of edgeattn's own operators go, if the graph has any.
+        plugin_library: that TensorRT-RTX loads here; None for the function bodies.
         progress: called with (stage, done, total).
 
     Raises:
@@ -96,7 +102,12 @@ def prove_encoder(
     """
     golden = record_encoder_golden(model, lowering, tokens=tokens, progress=progress)
     golden.save(golden_file)
-    verification = check_encoder(model_file, golden, lowering, model.shape, progress=progress)
+    agreement = _check_onnxruntime(model_file, golden, lowering, model.shape, "cpu", progress)
+    samples = partial(sample_encoder_operators, model_file, lowering, golden.cases[-1])
+    agreement = with_operators(agreement, samples, operators_file)
+    verification = with_tensorrt(
+        agreement, model_file, lowering, model.shape, plugin_library, progress
+    )
     verification.raise_if_failed()
     return verification
 
@@ -109,6 +120,7 @@ def check_encoder(
     *,
     tensorrt: bool = True,
     provider: str = "cpu",
+    plugin_library: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compares a graph with golden vectors; where they agree, TensorRT-RTX parses and builds it.
@@ -120,12 +132,13 @@ def check_encoder(
         shape: of the encoder.
         tensorrt: whether to ask TensorRT-RTX, where the target has a TensorRT.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
+        plugin_library: that TensorRT-RTX loads here; None for the function bodies.
         progress: called with (stage, done, total).
     """
     agreement = _check_onnxruntime(model_file, golden, lowering, shape, provider, progress)
     if not tensorrt:
         return Verification((agreement,), None)
-    return with_tensorrt(agreement, model_file, lowering, shape, None, progress)
+    return with_tensorrt(agreement, model_file, lowering, shape, plugin_library, progress)
 
 
 def _check_onnxruntime(
@@ -137,14 +150,35 @@ def _check_onnxruntime(
     progress: Progress | None,
 ) -> Agreement:
     """The bundle's own file; run again with the residual stream where the first error is sought."""
+    stage = staged(progress, "ONNX Runtime")
     backend = EncoderBackend(model_file, lowering, provider=provider)
-    agreement = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    found = run_cases(backend.run, golden.cases, stage)
+    agreement = compare(backend.name, found, golden, lowering)
     if agreement.passed:
         return agreement
     backend = EncoderBackend(model_file, lowering, hidden=True, provider=provider)
-    detailed = compare(backend.name, _run(backend, golden.cases, progress), golden, lowering)
+    found = run_cases(backend.run, golden.cases, stage)
+    detailed = compare(backend.name, found, golden, lowering)
     place = locate(detailed.comparisons, shape.num_layers, last="what follows the last layer")
     return replace(detailed, first_bad=place)
+
+
+def sample_encoder_operators(
+    model_file: Path, lowering: Lowering, case: EncoderCase, *, every: bool = False
+) -> list[Sample]:
+    """As `operators.sample_operators` does it for a decoder.
+
+    Args:
+        model_file: the graph.
+        lowering: what was decided.
+        case: what to run.
+        every: all nodes; else the first of each operator and set of attributes.
+    """
+    watched = watch_operators(model_file, every=every)
+    if not watched.nodes:
+        return []
+    backend = EncoderBackend(model_file, lowering, expose=watched.inner)
+    return watched.samples({**case.inputs, **backend.run_raw(case.inputs)})
 
 
 class EncoderBackend:
@@ -154,18 +188,25 @@ class EncoderBackend:
         model: model.onnx; its weights lie beside it.
         lowering: dtype of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
+        expose: names of further values to give.
         provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
     """
 
     def __init__(
-        self, model: Path, lowering: Lowering, *, hidden: bool = False, provider: str = "cpu"
+        self,
+        model: Path,
+        lowering: Lowering,
+        *,
+        hidden: bool = False,
+        expose: Sequence[str] = (),
+        provider: str = "cpu",
     ) -> None:
         widen = lowering.dtype == "bf16" and provider == "cpu"
         self.name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
         self.name += f" (provider {provider})" if provider != "cpu" else ""
         source: Path | bytes = model
-        if hidden or widen:
-            proto = rewritten(model, hidden=hidden, expose=(), widen=widen)
+        if hidden or expose or widen:
+            proto = rewritten(model, hidden=hidden, expose=expose, widen=widen)
             source = proto.SerializeToString()
         self._session = open_onnxruntime(
             source, weights_dir=model.parent, exact=True, provider=provider
@@ -177,9 +218,15 @@ class EncoderBackend:
         self, inputs: Mapping[str, npt.NDArray[np.generic]]
     ) -> dict[str, npt.NDArray[np.float32]]:
         """All outputs, by name, in fp32."""
+        return {name: value.astype(np.float32) for name, value in self.run_raw(inputs).items()}
+
+    def run_raw(
+        self, inputs: Mapping[str, npt.NDArray[np.generic]]
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """As `run`, each output in its own dtype."""
         feeds = {name: value.astype(self._dtypes[name]) for name, value in inputs.items()}
         found = self._session.run(self._outputs, feeds)
-        return {n: v.astype(np.float32) for n, v in zip(self._outputs, found, strict=True)}
+        return dict(zip(self._outputs, found, strict=True))
 
 
 # Of the graph's inputs, by what ONNX Runtime calls them.
@@ -188,18 +235,6 @@ _NUMPY: Mapping[str, npt.DTypeLike] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
-
-
-def _run(
-    backend: EncoderBackend, cases: Sequence[EncoderCase], progress: Progress | None
-) -> Tensors:
-    found: Tensors = {}
-    for done, case in enumerate(cases, start=1):
-        for name, value in backend.run(case.inputs).items():
-            found[f"{case.name}.{name}"] = case.kept(value)
-        if progress:
-            progress("ONNX Runtime", done, len(cases))
-    return found
 
 
 def _run_torch(

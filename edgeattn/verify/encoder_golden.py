@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,16 @@ class EncoderGolden:
     expected: Tensors
     low_precision_error: dict[str, float]
 
+    def only(self, names: Collection[str]) -> EncoderGolden:
+        """The part of it that belongs to some cases.
+
+        Args:
+            names: of the cases.
+        """
+        cases = tuple(case for case in self.cases if case.name in names)
+        expected = {n: value for n, value in self.expected.items() if n.partition(".")[0] in names}
+        return EncoderGolden(cases, expected, self.low_precision_error)
+
     def errors(self, found: Tensors, *, rounds: bool) -> dict[str, float]:
         """The error of every tensor, infinite where one is missing.
 
@@ -101,6 +111,27 @@ class EncoderGolden:
                 by_case.setdefault(case, {})[field] = value
             cases = tuple(EncoderCase(name, found) for name, found in by_case.items())
             return cls(cases, expected, low)
+
+
+def run_cases(
+    run: Callable[[Mapping[str, NDArray[np.generic]]], Mapping[str, NDArray[np.float32]]],
+    cases: Sequence[EncoderCase],
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensors:
+    """What an implementation gives for every case, by the names of `EncoderGolden.expected`.
+
+    Args:
+        run: inputs to outputs, both by the names the graph gives them.
+        cases: what to run.
+        progress: called with (done, total).
+    """
+    found: Tensors = {}
+    for done, case in enumerate(cases, start=1):
+        for name, value in run(case.inputs).items():
+            found[f"{case.name}.{name}"] = case.kept(value)
+        if progress:
+            progress(done, len(cases))
+    return found
 
 
 def encoder_cases(

@@ -30,6 +30,7 @@ from edgeattn.verify.tolerance import allowed_error, plain_runs, typical_error
 # the residual stream `[tokens, hidden]`, "key" and "value" are `[tokens, Hkv, D]`.
 _Parts = dict[str, NDArray[np.float64]]
 _PARTS = ("output", "key", "value")
+Measure = Callable[[NDArray[np.floating], NDArray[np.floating]], float]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def compare_layers(
     backend: Backend,
     cases: Sequence[Case],
     progress: Callable[[int, int], None] | None = None,
+    measure: Measure = typical_error,
 ) -> list[Comparison]:
     """Runs a graph once, then compares each layer of it with torch.
 
@@ -69,6 +71,7 @@ def compare_layers(
         backend: gives the residual stream too, and arrays of numpy.
         cases: inputs; of a backend that packs its cache only those without padding count.
         progress: called with (layers done, all layers).
+        measure: of how far tokens are from their reference.
 
     Returns:
         For each layer what it adds to the stream, its new keys and its new values, named
@@ -82,7 +85,7 @@ def compare_layers(
     ]
     layers = TorchLayers(model, lowering)
     for index in range(shape.num_layers):
-        rows += _compare_layer(layers, index, recorded, lowering)
+        rows += _compare_layer(layers, index, recorded, lowering, measure)
         if progress:
             progress(index + 1, shape.num_layers)
     return rows
@@ -111,7 +114,11 @@ def _array(output: Mapping[str, object], name: str) -> NDArray[np.generic]:
 
 
 def _compare_layer(
-    layers: TorchLayers, index: int, recorded: Sequence[_Recorded], lowering: Lowering
+    layers: TorchLayers,
+    index: int,
+    recorded: Sequence[_Recorded],
+    lowering: Lowering,
+    measure: Measure,
 ) -> list[Comparison]:
     module = layers.load(index)
     found = _of_graph(recorded, index)
@@ -125,8 +132,8 @@ def _compare_layer(
     ]
     rows = []
     for part in _PARTS:
-        error = typical_error(found[part], expected[part])
-        low = max(typical_error(run[part], expected[part]) for run in plain)
+        error = measure(found[part], expected[part])
+        low = max(measure(run[part], expected[part]) for run in plain)
         quantized = bool(lowering.scheme.weight_bits)
         allowed = allowed_error(lowering.dtype, low, quantized=quantized)
         rows.append(Comparison(f"layer.{index}.{part}", error, low, allowed))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,31 +90,74 @@ def sample_operators(
         case: what to run.
         every: all nodes; else the first of each operator and set of attributes.
     """
+    watched = watch_operators(model_file, every=every)
+    if not watched.nodes:
+        return []
+    backend = OrtBackend(model_file, lowering, expose=watched.inner)
+    samples, output = list[Sample](), None
+    for step in case.steps[:2]:
+        past = backend.past(len(step.input_ids), output) if watched.reads_inputs else {}
+        output = backend.step(step, output)
+        samples += watched.samples({**past, **output})
+    return samples
+
+
+@dataclass(frozen=True)
+class WatchedNodes:
+    """Nodes of a graph whose inputs and outputs are looked at.
+
+    Attributes:
+        nodes: each with the names of its inputs and outputs.
+        constants: what they read of the graph's initialisers, by name.
+        graph_inputs: names of the graph's inputs that they read.
+    """
+
+    nodes: Sequence[tuple[PluginNode, Sequence[str], Sequence[str]]]
+    constants: Mapping[str, Array]
+    graph_inputs: frozenset[str]
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether some node reads an input of the graph."""
+        return bool(self.graph_inputs)
+
+    @property
+    def inner(self) -> list[str]:
+        """Names of the values inside the graph that a run must give."""
+        names = {name for _, inputs, outputs in self.nodes for name in (*inputs, *outputs)}
+        return sorted(names - self.constants.keys() - self.graph_inputs)
+
+    def samples(self, values: Mapping[str, Any]) -> list[Sample]:
+        """What every node did in a run.
+
+        Args:
+            values: of the run, by name; constants are known.
+        """
+        known = {**self.constants, **values}
+        return [
+            _sample(node, *(tuple(np.array(known[n]) for n in names) for names in (given, made)))
+            for node, given, made in self.nodes
+        ]
+
+
+def watch_operators(model_file: Path, *, every: bool = False) -> WatchedNodes:
+    """The nodes of edgeattn's operators in a graph.
+
+    Args:
+        model_file: the graph.
+        every: all nodes; else the first of each operator and set of attributes.
+    """
     import onnx
 
     proto = onnx.load(model_file, load_external_data=False)
     chosen = _chosen(proto, every=every)
-    if not chosen:
-        return []
     read = {name for _, inputs, _ in chosen for name in inputs}
     constants = {
         tensor.name: _widened(onnx.numpy_helper.to_array(tensor, str(model_file.parent)))
         for tensor in proto.graph.initializer
         if tensor.name in read
     }
-    names = {name for _, inputs, outputs in chosen for name in (*inputs, *outputs)}
-    states = {value.name for value in proto.graph.input}
-    backend = OrtBackend(model_file, lowering, expose=sorted(names - constants.keys() - states))
-    samples, output = [], None
-    for step in case.steps[:2]:
-        past = backend.past(len(step.input_ids), output) if names & states else {}
-        output = backend.step(step, output)
-        values = {**constants, **past, **output}
-        for node, inputs, outputs in chosen:
-            given = tuple(np.array(values[name]) for name in inputs)
-            made = tuple(np.array(values[name]) for name in outputs)
-            samples.append(_sample(node, given, made))
-    return samples
+    return WatchedNodes(chosen, constants, frozenset(read & {v.name for v in proto.graph.input}))
 
 
 def _widened(array: Array) -> Array:
@@ -165,6 +208,29 @@ def _sample(node: PluginNode, inputs: tuple[Array, ...], found: tuple[Array, ...
         found,
         tuple(y.numpy() for y in outputs),
     )
+
+
+def with_operators(
+    agreement: Agreement, sample: Callable[..., Sequence[Sample]], file: Path | None
+) -> Agreement:
+    """Adds what edgeattn's operators do alone; of a graph that disagrees, the first that is wrong.
+
+    Args:
+        agreement: of the graph.
+        sample: gives samples of its operators, with `every=True` of all nodes.
+        file: where the samples of a graph that agrees go, if there are any.
+    """
+    if not agreement.passed:
+        operator = first_wrong_operator(sample(every=True))
+        return replace(agreement, first_bad=operator or agreement.first_bad)
+    samples = sample()
+    rows = tuple(row for one in samples for row in one.compare(one.found))
+    if samples and file is not None:
+        save_samples(samples, file)
+    agreement = replace(agreement, comparisons=(*agreement.comparisons, *rows))
+    if agreement.passed:
+        return agreement
+    return replace(agreement, first_bad=first_wrong_operator(samples))
 
 
 def first_wrong_operator(samples: Sequence[Sample]) -> str | None:

@@ -142,7 +142,9 @@ def _add_hidden_outputs(proto: ModelProto) -> None:
     kind = proto.graph.output[0].type.tensor_type.elem_type
     for node in proto.graph.node:
         for name in node.output:
-            if name.startswith("hidden.") and name not in known:
+            # not what is made of it, as "hidden.0_rotated"
+            is_hidden = name.startswith("hidden.") and name.removeprefix("hidden.").isdigit()
+            if is_hidden and name not in known:
                 proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
 
 

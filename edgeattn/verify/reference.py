@@ -81,6 +81,30 @@ def run_reference(
     return runs[0].found, [run.found for run in runs[1:]]
 
 
+@torch.inference_mode()
+def run_head(
+    model: Model, lowering: Lowering, cases: Sequence[Case], found: Tensors, dtype: torch.dtype
+) -> Tensors:
+    """The logits that torch makes of a residual stream, named as in `drive`.
+
+    Args:
+        model: transformed and quantised.
+        lowering: dtype of the stored weights.
+        cases: inputs.
+        found: of an implementation that gives the stream; padding left out.
+        dtype: to compute in.
+    """
+    walk = _Walk(model, lowering, cases)
+    run = _Run(
+        dtype,
+        walk.form,
+        [[walk.placed(case, i, found, dtype) for i in range(len(case.steps))] for case in cases],
+        {},
+    )
+    walk.head([run])
+    return run.found
+
+
 class TorchLayers:
     """The layers of a model as a bundle stores them, one at a time, run in any precision.
 
@@ -195,6 +219,14 @@ class _Walk:
             for name, places in rows.items():
                 run.found[name] = _numpy(logits[begin : begin + len(places)])
                 begin += len(places)
+
+    def placed(self, case: Case, index: int, found: Tensors, dtype: torch.dtype) -> Tensor:
+        """The last residual stream of a step, `[B, T, hidden]`, zeros at padding."""
+        mask = torch.from_numpy(case.steps[index].new_mask)
+        hidden = torch.zeros(*mask.shape, self.shape.hidden_size, dtype=dtype)
+        stream = found[f"{case.name}.{index}.hidden.{self.shape.num_layers}"]
+        hidden[mask] = torch.from_numpy(stream).to(dtype)
+        return hidden
 
     def _record_hidden(self, run: _Run, index: int) -> None:
         for case, hidden in zip(self.cases, run.hidden, strict=True):

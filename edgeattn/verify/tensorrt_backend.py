@@ -23,10 +23,14 @@ from edgeattn.planner.lowering import Lowering
 from edgeattn.verify.cases import Case, StepInputs
 from edgeattn.verify.compare import Agreement, compare
 from edgeattn.verify.drive import Tensors
+from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden
 from edgeattn.verify.golden import Golden
 
 CHILD_MODULE = "edgeattn.verify.tensorrt_child"
 _TIMEOUT_S = 1800.0
+
+
+AnyGolden = Golden | EncoderGolden
 
 
 class TensorRtBackend:
@@ -76,7 +80,7 @@ class EngineAgreement:
 def check_engine(
     engine: Engine,
     bundle: Bundle,
-    golden: Golden,
+    golden: AnyGolden,
     *,
     gpu: str,
     progress: PhaseProgress | None = None,
@@ -96,7 +100,7 @@ def check_engine(
     Raises:
         LoweringError: it was built for none of the sizes of the golden vectors.
         ProofError: TensorRT crashed.
-        EdgeattnError: what `EngineRunner` refuses.
+        EdgeattnError: what `LoadedEngine` refuses.
     """
     golden, left_out = cases_for(engine, golden)
     if not golden.cases:
@@ -111,22 +115,38 @@ def check_engine(
     return EngineAgreement(compare(name, found, golden, lowering), left_out)
 
 
-def cases_for(engine: Engine, golden: Golden) -> tuple[Golden, tuple[str, ...]]:
+def cases_for(engine: Engine, golden: AnyGolden) -> tuple[AnyGolden, tuple[str, ...]]:
     """The golden vectors of sizes that an engine was built for, and what is left out and why."""
     reasons = {case.name: _outside(case, engine) for case in golden.cases}
     left_out = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
     return golden.only([name for name, reason in reasons.items() if not reason]), left_out
 
 
-def _outside(case: Case, engine: Engine) -> str:
+def _outside(case: Case | EncoderCase, engine: Engine) -> str:
     """Why an engine cannot run a case, empty where it can."""
-    for step in case.steps:
-        rows, length = step.input_ids.shape
-        sizes = {BATCH: rows, LENGTH: length, PAST: step.attention_mask.shape[1] - length}
+    steps = [_encoder_sizes(case)] if isinstance(case, EncoderCase) else map(_sizes, case.steps)
+    for sizes in steps:
         if not any(_holds(profile, sizes) for profile in engine.record.profiles.values()):
-            told = f"{rows} x {length} tokens after {sizes[PAST]}"
+            told = f"{sizes[BATCH]} rows" if LENGTH not in sizes else _told(sizes)
             return f"no optimisation profile holds its {told}"
     return ""
+
+
+def _sizes(step: StepInputs) -> dict[str, int]:
+    rows, length = step.input_ids.shape
+    return {BATCH: rows, LENGTH: length, PAST: step.attention_mask.shape[1] - length}
+
+
+def _encoder_sizes(case: EncoderCase) -> dict[str, int]:
+    """Of images, whose tokens are as many as they are, the rows alone."""
+    if (mask := case.valid) is not None:
+        return {BATCH: mask.shape[0], LENGTH: mask.shape[1]}
+    return {BATCH: len(next(iter(case.inputs.values())))}
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    past = f" after {sizes[PAST]}" if PAST in sizes else ""
+    return f"{sizes[BATCH]} x {sizes[LENGTH]} tokens{past}"
 
 
 def _holds(profile: Mapping[str, str], sizes: Mapping[str, int]) -> bool:
@@ -139,7 +159,7 @@ def _holds(profile: Mapping[str, str], sizes: Mapping[str, int]) -> bool:
 
 
 def _run(
-    engine: Engine, bundle: Bundle, golden: Golden, progress: PhaseProgress | None
+    engine: Engine, bundle: Bundle, golden: AnyGolden, progress: PhaseProgress | None
 ) -> tuple[Tensors, str]:
     """What an engine gives for the cases of golden vectors, and what ran it."""
     with tempfile.TemporaryDirectory(prefix="edgeattn-run-") as folder:

@@ -16,11 +16,13 @@ import numpy as np
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.engine.child_report import Result, die_with_parent, tell
+from edgeattn.engine.encoder_execution import EncoderRunner
 from edgeattn.engine.execution import EngineRunner
 from edgeattn.engine.record import read_engine
 from edgeattn.errors import EdgeattnError
 from edgeattn.planner.lowering import Lowering
-from edgeattn.verify.drive import drive
+from edgeattn.verify.drive import Tensors, drive
+from edgeattn.verify.encoder_golden import EncoderGolden, run_cases
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.tensorrt_backend import TensorRtBackend
 
@@ -28,14 +30,22 @@ from edgeattn.verify.tensorrt_backend import TensorRtBackend
 def _work(request: Mapping[str, Any], result: Result) -> None:
     # the parent has checked the bundle and the engine
     bundle = Bundle.open(request["bundle"], check_hashes=False)
-    lowering = Lowering.from_dict(bundle.manifest.lowering)
-    golden = Golden.load(Path(request["golden"]))
     result.write(stage="loading the engine")
-    runner = EngineRunner(read_engine(Path(request["engine"])), bundle)
-    backend = TensorRtBackend(runner, packed_cache=lowering.packs_cache)
+    engine, golden = read_engine(Path(request["engine"])), Path(request["golden"])
+    runner = EncoderRunner(engine, bundle) if bundle.is_encoder else EngineRunner(engine, bundle)
     result.write(stage="running the engine", title=runner.title)
-    found = drive(backend, golden.cases, lambda done, of: tell(runner.title, done, of))
-    np.savez(request["outputs"], **found)  # type: ignore[arg-type]
+    np.savez(request["outputs"], **_run(runner, bundle, golden))  # type: ignore[arg-type]
+
+
+def _run(runner: EncoderRunner | EngineRunner, bundle: Bundle, golden: Path) -> Tensors:
+    def told(done: int, of: int) -> None:
+        tell(runner.title, done, of)
+
+    if isinstance(runner, EncoderRunner):
+        return run_cases(runner.run, EncoderGolden.load(golden).cases, told)
+    lowering = Lowering.from_dict(bundle.manifest.lowering)
+    backend = TensorRtBackend(runner, packed_cache=lowering.packs_cache)
+    return drive(backend, Golden.load(golden).cases, told)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from edgeattn.verify.drive import drive
 from edgeattn.verify.failures import disagreement_error, overflow_error
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.measure import errors
+from edgeattn.verify.operators import sample_operators, with_operators
 from edgeattn.verify.ort_backend import OrtBackend
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
 
@@ -114,7 +116,7 @@ def record_golden(
         exact=shape.exact_keys,
         ragged_steps=MANY_RAGGED_STEPS if shape.has_variants else RAGGED_STEPS,
     )
-    stage = _staged(progress, "torch, layer by layer")
+    stage = staged(progress, "torch, layer by layer")
     overflow = ""
     for dtype in plain_dtypes(lowering):
         expected, runs = run_reference(model, lowering, cases, plain_runs(lowering, dtype), stage)
@@ -154,14 +156,21 @@ def prove(
     Raises:
         ProofError: ONNX Runtime disagrees with torch, or TensorRT refuses the graph.
     """
+    from edgeattn.verify.amplified import excuse_amplified, may_amplify
+
     golden = record_golden(model, lowering, tokens=tokens, progress=progress)
     golden.save(golden_file)
     agreement = check_onnxruntime(
         model_file, golden, lowering, num_layers=model.shape.num_layers, progress=progress
     )
+    if not agreement.passed and may_amplify(model, lowering):
+        stage = staged(progress, "ONNX Runtime, each layer alone")
+        agreement, golden = excuse_amplified(agreement, model, lowering, model_file, golden, stage)
+        golden.save(golden_file)
     if lowering.decides_at_run_time:
         agreement = add_layers(agreement, model, lowering, model_file, golden, progress=progress)
-    agreement = _with_operators(agreement, model_file, lowering, golden, operators_file)
+    samples = partial(sample_operators, model_file, lowering, golden.cases[0])
+    agreement = with_operators(agreement, samples, operators_file)
     verification = with_tensorrt(
         agreement, model_file, lowering, model.shape, plugin_library, progress
     )
@@ -219,12 +228,12 @@ def check_onnxruntime(
     Only when something disagrees is the graph run again with the residual stream as outputs, to
     name the first bad layer.
     """
-    stage = _staged(progress, "ONNX Runtime")
+    stage = staged(progress, "ONNX Runtime")
     backend = OrtBackend(model_file, lowering, provider=provider)
     agreement = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     if agreement.passed:
         return agreement
-    stage = _staged(progress, "ONNX Runtime, layer by layer")
+    stage = staged(progress, "ONNX Runtime, layer by layer")
     backend = OrtBackend(model_file, lowering, hidden=True, provider=provider)
     detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
     return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
@@ -251,7 +260,7 @@ def add_layers(
     """
     from edgeattn.verify.layers import compare_layers
 
-    stage = _staged(progress, "ONNX Runtime, each layer alone")
+    stage = staged(progress, "ONNX Runtime, each layer alone")
     rows = compare_layers(
         model, lowering, OrtBackend(model_file, lowering, hidden=True), golden.cases, stage
     )
@@ -259,32 +268,6 @@ def add_layers(
     if not all(row.passed for row in rows):
         first_bad = locate(comparisons, model.shape.num_layers)
     return replace(agreement, comparisons=comparisons, first_bad=first_bad)
-
-
-def _with_operators(
-    agreement: Agreement,
-    model_file: Path,
-    lowering: Lowering,
-    golden: Golden,
-    operators_file: Path | None,
-) -> Agreement:
-    """Samples edgeattn's operators; of a graph that disagrees names the first that is wrong."""
-    from edgeattn.verify.operators import first_wrong_operator, sample_operators, save_samples
-
-    if not agreement.passed:
-        samples = sample_operators(model_file, lowering, golden.cases[0], every=True)
-        operator = first_wrong_operator(samples)
-        return replace(agreement, first_bad=operator or agreement.first_bad)
-    samples = sample_operators(model_file, lowering, golden.cases[0])
-    rows = tuple(row for sample in samples for row in sample.compare(sample.found))
-    if samples and operators_file is not None:
-        save_samples(samples, operators_file)
-    agreement = replace(agreement, comparisons=(*agreement.comparisons, *rows))
-    return (
-        agreement
-        if agreement.passed
-        else replace(agreement, first_bad=first_wrong_operator(samples))
-    )
 
 
 def with_tensorrt(
@@ -332,7 +315,8 @@ def check_tensorrt(
     return report
 
 
-def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+def staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    """What tells of one stage; None where nobody asks."""
     if progress is None:
         return None
     return lambda done, total: progress(stage, done, total)

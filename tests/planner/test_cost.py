@@ -29,6 +29,7 @@ from edgeattn.planner.published_heads import (
     reference_size,
 )
 from edgeattn.recipe import Recipe
+from edgeattn.recurrent import Recurrent
 from edgeattn.shape import LayerKind, ModelShape
 
 # arXiv 2503.09579, at 128K tokens: (32, 8) with 1.2 billion parameters and (8, 1) with 1.8 billion.
@@ -213,6 +214,20 @@ def test_candidates(shape: ModelShape) -> None:
     assert all(query % kv == 0 for query, kv in found)
     assert len(candidate_heads(shape)) == 21 + 3
     assert len(set(candidate_heads(replace(shape, num_heads=8, num_kv_heads=8)))) == 21
+
+
+def test_layers_with_a_state_have_no_heads_to_choose(shape: ModelShape) -> None:
+    linear = LayerKind(None, attention=Recurrent("gated", 4, 4, 8, 8))
+    softmax = shape.layer_kind(0)
+    mixed = replace(shape, num_layers=4, layer_cycle=(linear, softmax, linear, linear))
+    every = paper_cost(replace(shape, num_layers=4), 8192, Tradeoff())
+    parameters = mixed.num_parameters
+    assert paper_cost(mixed, 8192, Tradeoff()).values - parameters == pytest.approx(
+        (every.values - replace(shape, num_layers=4).num_parameters) / 4
+    )
+    assert len(candidate_heads(mixed)) > 1
+    without = replace(shape, layer_cycle=(linear,))
+    assert candidate_heads(without) == [Heads(shape.num_heads, shape.num_kv_heads)]
 
 
 def test_the_published_table_is_read_where_it_is_nearest() -> None:

@@ -72,6 +72,11 @@ def test_a_state_grows_with_the_length_and_softmax_with_its_square() -> None:
     assert attention_operations(SHAPE, 200) == 4 * attention_operations(SHAPE, 100)
     # Outer product and product with the state, two directions: where 2 D tokens are, both are even.
     assert attention_operations(state, 32) == attention_operations(SHAPE, 32)
+    ours, plain = encoder_cost_curves(state, lowering("cpu"), parse_target("cpu"))
+    assert plain == replace(
+        encoder_cost_curves(SHAPE, lowering("cpu"), parse_target("cpu"))[0], label=plain.label
+    )
+    assert ours.points[-1].operations < plain.points[-1].operations
 
 
 def test_a_quantised_encoder_is_drawn_beside_the_plain_one_and_images_have_no_length() -> None:

@@ -43,14 +43,19 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def save_encoder(name: str, path: Path) -> torch.nn.Module:
+def save_encoder(name: str, path: Path, **changes: Any) -> torch.nn.Module:
     """Saves a random encoder as a checkpoint and returns what transformers runs.
 
     Every parameter is drawn, gains and biases too, so that none can be left out unnoticed.
+
+    Args:
+        name: one of `ENCODERS`.
+        path: folder of the checkpoint.
+        changes: options of its configuration that are others.
     """
     model_class, config_class, options = ENCODERS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**options)
+    config = getattr(transformers, config_class)(**{**options, **changes})
     model = getattr(transformers, model_class)(config).eval()
     for parameter_name, parameter in model.named_parameters():
         is_gain = parameter.dim() == 1 and parameter_name.endswith(("weight", "lambda1"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeattn.bundle.bundle import Bundle, hash_file
-from edgeattn.engine.profiles import DecoderProfile, Range, input_shapes
+from edgeattn.engine.profiles import AnyProfile, DecoderProfile, Range, input_shapes
 from edgeattn.engine.record import ENGINES, Engine, EngineRecord
 
 SM = 80
@@ -27,7 +27,7 @@ PROFILES = (
 
 
 def write_engine(
-    bundle: Path, profiles: Sequence[DecoderProfile] = PROFILES, *, record: Any = None, **told: Any
+    bundle: Path, profiles: Sequence[AnyProfile] = PROFILES, *, record: Any = None, **told: Any
 ) -> Engine:
     """Writes an engine of a bundle and its record.
 

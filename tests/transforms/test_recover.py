@@ -23,8 +23,9 @@ from edgeattn.models.families import parameter_names
 from edgeattn.models.hub import open_model
 from edgeattn.models.model import Model, load_decoder, model_of
 from edgeattn.planner.group_query import regrouped_shape
-from edgeattn.transforms import recover as module
-from edgeattn.transforms.recover import rate_share, recover, step_windows
+from edgeattn.transforms import descent as module
+from edgeattn.transforms.descent import rate_share, step_rows
+from edgeattn.transforms.recover import recover
 from edgeattn.transforms.regroup import regroup, regroup_on_text
 
 MADE_FROM = {"text": "a novel"}
@@ -185,7 +186,7 @@ def test_the_loss_is_the_divergence_from_the_original(
     asked = {"state_file": tmp_path / "state", "made_from": MADE_FROM}
     _, report = recover(original, merged, windows, steps=1, **asked)
     train = split_windows(windows)[0]
-    ids = train[step_windows(train, 1)[0]]
+    ids = train[step_rows(len(train), 4, 1)[0]]
     places = torch.arange(ids.shape[1]).expand_as(ids)
     wide = {"weight_dtype": torch.float32, "compute_dtype": torch.float64}
     found = []
@@ -211,7 +212,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_every_window_is_seen_before_one_is_seen_again() -> None:
-    rows = step_windows(torch.zeros(10, 64, dtype=torch.int64), 5)
+    rows = step_rows(10, 4, 5)
     assert rows.shape == (5, 4)
     assert sorted(rows.flatten()[:10].tolist()) == list(range(10))
 

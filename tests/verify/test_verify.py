@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import pytest
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from edgeattn.bundle.bundle import GOLDEN, Bundle
 from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.errors import BundleError, ProofError
 from edgeattn.pipeline import export, verify_bundle
+from edgeattn.planner.lowering import Lowering
 from edgeattn.recipe import Recipe
-from edgeattn.verify.verify import Verification
+from edgeattn.verify import compare
+from edgeattn.verify.compare import Agreement
+from edgeattn.verify.golden import Golden
+from edgeattn.verify.verify import Verification, check_onnxruntime
 
 PROVEN = [
     ("cpu", "none", {}),
@@ -321,3 +327,68 @@ def test_another_checkpoint(
     other = random_checkpoint(vocab_size=300)
     with pytest.raises(BundleError, match="is another one"):
         verify_bundle(export_tiny("cpu"), checkpoint=other, tensorrt=False)
+
+
+@pytest.fixture
+def judged_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> Callable[[Path], tuple[Agreement, Golden]]:
+    """What a bundle's layers say where the whole network is beyond a bound that nothing meets."""
+    from edgeattn.models.checkpoint import open_checkpoint
+    from edgeattn.models.model import model_of
+    from edgeattn.transforms.fuse import fuse_projections
+    from edgeattn.verify.amplified import excuse_amplified, may_amplify
+
+    def judge(path: Path) -> tuple[Agreement, Golden]:
+        bundle = Bundle.open(path)
+        model = fuse_projections(model_of(open_checkpoint(tiny_checkpoint)))
+        lowering = Lowering.from_dict(bundle.manifest.lowering)
+        assert may_amplify(model, lowering)
+        golden = Golden.load(path / GOLDEN)
+        nothing = dict.fromkeys(golden.low_precision_error, 0.0)
+        strict = replace(golden, low_precision_error=nothing)
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, "allowed_error", lambda _, low, *, quantized: 2 * low + 1e-12)
+            file, layers = bundle.model_file, model.shape.num_layers
+            agreement = check_onnxruntime(file, strict, lowering, num_layers=layers)
+            assert not agreement.passed
+            return excuse_amplified(agreement, model, lowering, file, strict)
+
+    return judge
+
+
+def test_amplified_roundings_are_not_held_against_a_graph(
+    export_tiny: Callable[..., Path],
+    judged_alone: Callable[[Path], tuple[Agreement, Golden]],
+) -> None:
+    agreement, golden = judged_alone(export_tiny("cpu"))
+    assert agreement.passed
+    assert agreement.amplified > 0
+    assert {"layers alone, outputs", "LM head alone, logits"} <= agreement.worst_per_group().keys()
+    raised = [error for error in golden.low_precision_error.values() if error > 0]
+    assert len(raised) == agreement.amplified
+    assert max(raised) < 1e-5, "what the next run may differ by is what was found"
+
+
+@pytest.mark.parametrize(
+    ("edit", "weight"),
+    [
+        (turn_back, None),
+        (ignore_mask, None),
+        (negate_past, None),
+        (None, "layers.1.self_attn.o_proj.weight"),
+        (None, "embed_tokens.weight"),
+        (None, "norm.weight"),
+    ],
+)
+def test_a_wrong_graph_is_never_excused(
+    export_tiny: Callable[..., Path],
+    with_graph: Callable[..., Path],
+    judged_alone: Callable[[Path], tuple[Agreement, Golden]],
+    edit: Callable[[onnx.ModelProto], None] | None,
+    weight: str | None,
+) -> None:
+    agreement, golden = judged_alone(with_graph(export_tiny("cpu"), edit, weight))
+    assert not agreement.passed
+    assert agreement.amplified == 0
+    assert not any(golden.low_precision_error.values())
