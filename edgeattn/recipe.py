@@ -30,6 +30,8 @@ KV_CACHES = ("growing", "static")
 # Tokens of a calibration window, where the model's context is as long; and how many windows.
 CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 512, 64
 _COUNTS = ("context", "batch", "calibration_windows", "finetune_steps")
+# Of recovery training, which is meant to be short: a step takes around a second on a CPU.
+_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,12 @@ def _check_finetuning(recipe: Recipe) -> None:
             came="the recipe has none",
             todo="ask for one with --attention gqa:kv_heads=K, or of an encoder "
             "lion:variant=d, or leave out --finetune-text",
+        )
+    if (recipe.finetune_steps or 0) > _MOST_STEPS:
+        raise UsageError(
+            expected=f"at most {_MOST_STEPS:,} steps of recovery training",
+            came=f"--finetune-steps is {recipe.finetune_steps:,}",
+            todo="give fewer, such as 200; a longer training is work for other tools",
         )
     rate = recipe.finetune_lr
     if rate is not None and not 0 < rate < 1:

@@ -264,4 +264,6 @@ def test_the_manifest_says_what_it_is(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["shape"]["kind"] == "encoder"
     assert manifest["shape"]["task"] == "embedding"
+    (curve,) = json.loads((bundle / "report.json").read_text())["costs"]
+    assert [point["context"] for point in curve["points"]] == [40]
     assert "genai_config.json" not in manifest["files"]

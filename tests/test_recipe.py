@@ -51,6 +51,7 @@ def test_toml_round_trip(tmp_path: Path) -> None:
         ({"target": "cpu", "finetune_lr": 1e-4}, "only finetune_lr was given"),
         ({"target": "cpu", "finetune_steps": 0, "finetune_text": "a"}, "a positive finetune_steps"),
         ({"target": "cpu", "finetune_text": "a", "finetune_steps": 9}, "the recipe has none"),
+        ({**FINETUNED, "finetune_steps": 10**30}, "at most 100,000 steps"),
         ({**FINETUNED, "finetune_lr": 2.0}, "--finetune-lr is 2"),
         ({**FINETUNED, "finetune_lr": "fast"}, "a number such as 5e-4"),
     ],

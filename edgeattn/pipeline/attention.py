@@ -34,7 +34,11 @@ def require_attention(recipe: Recipe) -> None:
         UsageError: no such file, or none of these.
     """
     request = recipe.attention_request
-    if request is not None and recipe.group_query is not None and not request.needs_calibration:
+    if (
+        isinstance(request, FftRopeRequest | HeadSparseRequest)
+        and recipe.group_query is not None
+        and not request.needs_calibration
+    ):
         raise LoweringError(
             expected=f"{request.name} to be measured on the regrouped model",
             came=f"{request.label} names a file that was made for the checkpoint's own heads",

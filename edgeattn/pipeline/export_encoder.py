@@ -27,6 +27,7 @@ from edgeattn.pipeline.records import (
 )
 from edgeattn.pipeline.transform import require_export_extra
 from edgeattn.pipeline.work import open_work
+from edgeattn.planner.encoder_cost import encoder_cost_curves
 from edgeattn.planner.encoder_estimate import estimate_encoder
 from edgeattn.planner.encoder_lowering import fit_encoder_lowering
 from edgeattn.planner.lowering import Lowering, plan_lowering
@@ -261,6 +262,7 @@ def _export(
         sizes=bundle_sizes(
             checkpoint, lowering, model.shape, graph.weight_bytes, model_file, placed
         ),
+        costs=[c.to_dict() for c in encoder_cost_curves(model.shape, lowering, target)],
         reads_text=reads_text,
     )
     write_report(writer, checkpoint, recipe, report, model.shape)

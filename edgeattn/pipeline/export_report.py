@@ -35,7 +35,8 @@ class ExportReport:
         plugins: the plugin library in the bundle, None where the graph needs none.
         layers: what each layer became, JSON-ready.
         sizes: bytes of what takes room, by name.
-        costs: predicted memory and speed against the context, JSON-ready.
+        costs: predicted memory and speed against the context, of an encoder operations and time;
+            JSON-ready.
         reads_text: whether it takes tokens, and so wants a tokenizer.
     """
 

@@ -60,16 +60,21 @@ def cost_curves(shape: ModelShape, lowering: Lowering, target: Target) -> list[C
         target: whose rates count.
     """
     density = _active_share(shape)
-    longest = lowering.context or shape.max_context
-    contexts = [longest]
-    while contexts[0] // 2 >= _SHORTEST and len(contexts) < _MOST_POINTS:
-        contexts.insert(0, contexts[0] // 2)
+    contexts = curve_contexts(lowering.context or shape.max_context)
     curves = [CostCurve("this bundle", _points(shape, lowering, target, contexts, density))]
     if lowering.scheme.weight_bits or lowering.scheme.rounds_at_run_time or density < 1:
         plain = replace(lowering, scheme=parse_scheme("none"), variant=None)
         points = _points(shape, plain, target, contexts, 1.0)
         curves.append(CostCurve(f"the model in {lowering.dtype}", points))
     return curves
+
+
+def curve_contexts(longest: int) -> list[int]:
+    """Where a curve has its points, the longest last."""
+    contexts = [longest]
+    while contexts[0] // 2 >= _SHORTEST and len(contexts) < _MOST_POINTS:
+        contexts.insert(0, contexts[0] // 2)
+    return contexts
 
 
 def _active_share(shape: ModelShape) -> float:

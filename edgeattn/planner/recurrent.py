@@ -37,7 +37,7 @@ def check_attention_kind(request: AttentionRequest, shape: ModelShape) -> None:
         raise LoweringError(
             expected=f"a model of softmax attention, for {request.label}",
             came=f"layers of family {shape.family} are linear attention, which has no keys",
-            todo="leave out --attention",
+            todo=f"leave out --attention {request.label}",
         )
 
 

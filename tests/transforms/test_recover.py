@@ -17,10 +17,11 @@ from torch import Tensor
 from wrapped_weights import changed
 
 from edgeattn.attention import GroupQueryRequest
+from edgeattn.calibration.windows import split_windows
 from edgeattn.errors import RuntimeInputError, UsageError
 from edgeattn.models.families import parameter_names
 from edgeattn.models.hub import open_model
-from edgeattn.models.model import Model, model_of
+from edgeattn.models.model import Model, load_decoder, model_of
 from edgeattn.planner.group_query import regrouped_shape
 from edgeattn.transforms import descent as module
 from edgeattn.transforms.descent import rate_share, step_rows
@@ -176,6 +177,29 @@ def test_a_divergence_that_is_no_number_is_refused(
             made_from=MADE_FROM,
         )
     assert not (tmp_path / "state").exists()
+
+
+def test_the_loss_is_the_divergence_from_the_original(
+    original: Model, merged: Model, windows: Tensor, tmp_path: Path
+) -> None:
+    """KL(original || trained), by its definition; the other way round is another number."""
+    asked = {"state_file": tmp_path / "state", "made_from": MADE_FROM}
+    _, report = recover(original, merged, windows, steps=1, **asked)
+    train = split_windows(windows)[0]
+    ids = train[step_rows(len(train), 4, 1)[0]]
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    wide = {"weight_dtype": torch.float32, "compute_dtype": torch.float64}
+    found = []
+    for decoder in (load_decoder(model, **wide) for model in (original, merged)):
+        with torch.inference_mode():
+            past = decoder.empty_cache(len(ids))
+            logits = decoder(ids, torch.ones_like(ids), places, past).logits[:, :-1]
+        found.append(logits.log_softmax(-1))
+    p, q = found
+    wanted = float((p.exp() * (p - q)).sum(-1).mean())
+    reverse = float((q.exp() * (q - p)).sum(-1).mean())
+    assert report.losses == pytest.approx((wanted,), rel=1e-3)
+    assert abs(reverse - wanted) > 0.01 * wanted
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -119,10 +119,15 @@ def training_plot(report: Mapping[str, Any]) -> Plot | None:
 
 
 def cost_plots(report: Mapping[str, Any]) -> list[Plot]:
-    """Memory, and what a decode step reads or reaches, against the context: all predicted."""
+    """Memory, and what a decode step reads or reaches, against the context: all predicted.
+
+    Of an encoder time or, where no rate is known, operations.
+    """
     curves = report["costs"]
     if not curves or len(curves[0]["points"]) < 2:
         return []
+    if "operations" in curves[0]["points"][0]:
+        return [_encoder_cost(curves, report["lowering"]["target"])]
     highest = max(p["memory_bytes"] for curve in curves for p in curve["points"])
     scale, unit = _byte_unit(highest)
     memory = _by_context(
@@ -146,6 +151,29 @@ def cost_plots(report: Mapping[str, Any]) -> list[Plot]:
         lambda point: point["moved_bytes"] / scale,
     )
     return [memory, moved]
+
+
+def _encoder_cost(curves: Sequence[Mapping[str, Any]], target: str) -> Plot:
+    """Of one pass; a batch has the rows of the recipe."""
+    if curves[0]["points"][0]["seconds"] is not None:
+        return _by_context(
+            "time",
+            "Time of a pass by length",
+            f"Predicted by the roofline of {target}, never measured: the least its arithmetic and "
+            "memory allow, without kernels' losses, launches and the host.",
+            "time at least, all rows [ms]",
+            curves,
+            lambda point: 1000 * point["seconds"],
+        )
+    return _by_context(
+        "operations",
+        "Operations of a pass by length",
+        "Predicted by arithmetic: linear layers and attention. This target's rates are not known, "
+        "so that no time follows from it.",
+        "operations, all rows [10⁹]",
+        curves,
+        lambda point: point["operations"] / 1e9,
+    )
 
 
 def _speed(curves: Sequence[Mapping[str, Any]], target: str) -> Plot:

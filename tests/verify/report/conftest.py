@@ -163,6 +163,7 @@ def content() -> dict[str, Any]:
                     "backend": "onnxruntime",
                     "passed": True,
                     "first_bad": None,
+                    "amplified": 0,
                     "top1_agreement": 1.0,
                     "kl": 7.9e-06,
                     "worst": {"ragged cache keys": "ragged.present.7.key"},

@@ -143,6 +143,20 @@ def test_a_curve_that_is_the_same_is_drawn_once(
     assert len(render(content).all("polyline")) == 2, "one in each picture"
 
 
+def test_an_encoder_has_time_or_operations_by_length(
+    content: dict[str, Any], render: Callable[..., Any]
+) -> None:
+    lengths = ((128, 2_000_000_000, 0.001), (256, 5_000_000_000, 0.0025))
+    points = [dict(zip(("context", "operations", "seconds"), row, strict=True)) for row in lengths]
+    content["costs"] = [{"label": "this bundle", "points": points}]
+    (table,) = (text.split() for _, text in render(content).all("table") if "[ms]" in text)
+    assert table[-4:] == ["128", "1", "256", "2.5"]
+    for point in points:
+        point["seconds"] = None
+    (table,) = (text.split() for _, text in render(content).all("table") if "[10⁹]" in text)
+    assert table[-4:] == ["128", "2", "256", "5"]
+
+
 def test_density_shows_measured_points_alone(
     sparse: dict[str, Any], render: Callable[..., Any]
 ) -> None:
