@@ -88,17 +88,34 @@ def test_the_report_says_how_it_agrees(bundle: Path) -> None:
     assert len(notes["after"][0]["layers"]) == 3
 
 
-@pytest.mark.parametrize("quant", ["w8a8-spinquant", "w4a16-gptq:group=32"])
-def test_it_goes_with_schemes_that_rotate_or_are_calibrated(
-    embedder: Path, novel: Path, tmp_path: Path, quant: str
+@pytest.mark.parametrize(
+    ("variant", "quant", "target"),
+    [
+        ("s", "w8a8-spinquant", "cpu"),
+        ("s", "w4a16-gptq:group=32", "cpu"),
+        ("d", "w8a8", "cpu"),
+        ("lit", "w4a16-spinquant:group=32", "cpu"),
+        ("d", "w4-rtn:group=64,down_proj=w8", "jetson-orin"),
+        ("s", "w8a8-spinquant", "jetson-orin"),
+        ("d", "w4a16-spinquant:group=64,down_proj=w8", "l4"),
+        ("s", "w4a16-gptq:group=64,down_proj=w8", "l4"),
+    ],
+)
+def test_it_goes_with_every_scheme_of_encoders(
+    embedder: Path, novel: Path, tmp_path: Path, variant: str, quant: str, target: str
 ) -> None:
-    asked = recipe(novel, "s", quant=quant, calibration=str(novel), calibration_windows=4)
-    made = export(embedder, asked, tmp_path / "out")
+    calibration = {"calibration": str(novel), "calibration_windows": 4}
+    asked = recipe(novel, variant, target, quant=quant, **calibration)
+    made = export(embedder, asked, tmp_path / "out", plugins=False)
     assert made.verification is not None
     assert made.verification.passed
+    if target != "cpu" and TENSORRT_RTX.is_available():
+        assert made.verification.tensorrt is not None
+        assert made.verification.tensorrt.status == "built"
     weights = made.layers[0]["weights"]
     assert weights["self_attn.q_proj"].startswith("int")
-    assert weights["self_attn.gate_proj"] == "fp32"
+    if variant == "s":
+        assert weights["self_attn.gate_proj"].startswith("fp")
 
 
 def test_its_operators_are_kept_for_a_gpu(bundle: Path) -> None:

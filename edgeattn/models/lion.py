@@ -26,7 +26,8 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
         positive: Tensor = relu(x.float()) + (-relu(-x.float())).exp()
         return positive.to(x.dtype)
     shifted: Tensor = silu(x.float()) + 0.5  # 0.22 at least, so that no length is 0
-    return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
+    unit: Tensor = shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)
+    return unit.to(x.dtype)
 
 
 def no_log_decay(x: Tensor, num_heads: int) -> Tensor:
