@@ -140,7 +140,8 @@ def test_each_pair_is_allowed_or_forbidden_as_the_tables_say(
     checkpoint: Callable[[str], Path], text: str, tmp_path: Path
 ) -> None:
     assert set(QUANT) == set(SCHEMES)
-    assert {name for part in ATTENTION for name in part.split("+")} == {"none", *REQUESTS}
+    decoders = REQUESTS.keys() - {"lion"}  # which is for encoders
+    assert {name for part in ATTENTION for name in part.split("+")} == {"none", *decoders}
     refused = {}
     for (name, attention), scheme in itertools.product(ATTENTION.items(), QUANT):
         try:
