@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from edgeattn.attention import LionRequest
 from edgeattn.bundle import bundle as layout
-from edgeattn.calibration.windows import special_tokens, token_windows
+from edgeattn.calibration.windows import surrounding_ids, token_windows
 from edgeattn.devices.registry import parse_target
 from edgeattn.encoder_shape import EncoderShape, TokenInput
 from edgeattn.exporters.export import export_graph
@@ -76,7 +76,7 @@ class RandomWeights:
 
 def steps_within(seconds: float, model: EncoderModel, text: Path, tokenizer: bytes) -> int:
     """Steps of the distillation that take about so long here."""
-    before, behind = special_tokens(tokenizer)
+    before, behind = (tuple(ids) for ids in surrounding_ids(tokenizer))
     assert isinstance(model.shape.input, TokenInput)
     vocab_size = model.shape.input.vocab_size
     rows = token_windows(read_text(text), tokenizer, windows=8, length=248, vocab_size=vocab_size)

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from edgeattn.calibration.windows import special_tokens, text_sha256, token_ids, token_windows
+from edgeattn.calibration.windows import surrounding_ids, text_sha256, token_ids, token_windows
 from edgeattn.errors import CheckpointError, RuntimeInputError, UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.text_file import read_text
@@ -111,8 +111,8 @@ def test_special_tokens_frame_a_text(
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=list(ids.items())
         )
-    wanted = tuple(tuple(ids[name] for name in part) for part in expected)
-    assert special_tokens(tokenizer.to_str()) == wanted
+    wanted = tuple([ids[name] for name in part] for part in expected)
+    assert surrounding_ids(tokenizer.to_str()) == wanted
 
 
 def test_no_special_tokens_and_no_stored_limits() -> None:
