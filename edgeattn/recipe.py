@@ -10,7 +10,9 @@ from typing import Any
 
 from edgeattn.attention import (
     AttentionRequest,
+    FftRopeRequest,
     GroupQueryRequest,
+    HeadSparseRequest,
     LayerRequest,
     LionRequest,
     RecurrentRequest,
@@ -53,8 +55,9 @@ class Recipe:
         calibration: a text file, or a folder of them, for what is calibrated.
         calibration_windows: stretches of 512 tokens that are taken from it; of an encoder 128.
         rotations: a file of learned rotations to use again.
-        finetune_text: a text, or a folder of them, on which a model that lost something learns to
-            predict as the original does; for an encoder of images, a .npy file of them.
+        finetune_text: a text, or a folder of them, on which a model whose attention lost something
+            learns to predict as the original does, before it is quantised; for an encoder of
+            images, a .npy file of them.
         finetune_steps: of that training.
         finetune_lr: its highest learning rate; None takes the default.
         eval_text: a text on which the exported graph's quality is measured.
@@ -219,12 +222,14 @@ def _check_finetuning(recipe: Recipe) -> None:
             came=f"only {' and '.join(given)} was given",
             todo="give both, for example 200 steps, or neither",
         )
-    if recipe.group_query is None and not learns:
+    lossy = isinstance(recipe.attention_request, FftRopeRequest | HeadSparseRequest | LionRequest)
+    if recipe.group_query is None and not lossy:
         raise UsageError(
-            expected="a lossy transform, whose loss --finetune-text pays down",
-            came="the recipe has none",
-            todo="ask for one with --attention gqa:kv_heads=K, or of an encoder "
-            "lion:variant=d, or leave out --finetune-text",
+            expected="a lossy attention, whose loss --finetune-text pays down",
+            came="the recipe has none, and rounded weights are not trained",
+            todo="ask for one with --attention gqa:kv_heads=K, fft-rope or head-sparse:density=S, "
+            "or of an encoder lion:variant=d; or leave out --finetune-text, and choose a GPTQ "
+            "scheme where rounding loses too much",
         )
     if (recipe.finetune_steps or 0) > _MOST_STEPS:
         raise UsageError(

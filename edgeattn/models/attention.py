@@ -187,7 +187,8 @@ class Attention(nn.Module):
         if self.variant is not None:
             assert self.tables is not None
             assert isinstance(keys, PackedKeys)
-            return attend_variant(self.variant, self.tables, x, q, k, v, keys)
+            arguments = (self.variant, self.tables, x, q, k, v, keys)
+            return attend_variant(*arguments, training=self.training)
         mask = keys if isinstance(keys, Tensor) else keys.mask
         return attend(q, k, v, mask, self.form, self.softcap)
 

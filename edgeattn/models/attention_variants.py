@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edgeattn.attention import FftRope, HeadSparse, SoftmaxVariant
 from edgeattn.models.packed_keys import PackedKeys, delayed, in_time
+from edgeattn.ops.fft_rope_attention import SPEC as FFT_ROPE
 from edgeattn.ops.torch_ops import TORCH_OPS
 from edgeattn.shape import ModelShape
 
@@ -72,6 +73,8 @@ def attend_variant(
     k: Tensor,
     v: Tensor,
     keys: PackedKeys,
+    *,
+    training: bool,
 ) -> Tensor:
     """The attention of a layer by its operator, `[B, H, T, D]`.
 
@@ -87,6 +90,8 @@ def attend_variant(
         k: `[B, Hkv, S, D]`, packed.
         v: `[B, Hkv, S, D]`, packed.
         keys: of the step.
+        training: compute it where gradients are needed, and every token as if it was decoded: head
+            sparsity shows in no longer step.
     """
     dtype = q.dtype
     if dtype == torch.float64:
@@ -95,7 +100,9 @@ def attend_variant(
     # there are fewer keys than rows.
     if isinstance(attention, FftRope):
         delay = torch.minimum(keys.past, keys.padding)
-        y = _fft_rope(attention, tables, delayed(q, delay), k, v, keys.count)
+        y = _fft_rope(attention, tables, delayed(q, delay), k, v, keys.count, training=training)
+    elif training:
+        return _decoded_one_by_one(attention, tables, x, q, k, v, keys.mask).to(dtype)
     else:
         delay = keys.padding
         y = _head_sparse(attention, tables, x, delayed(q, delay), k, v, keys.count)
@@ -103,10 +110,19 @@ def attend_variant(
 
 
 def _fft_rope(
-    attention: FftRope, tables: Tables, q: Tensor, k: Tensor, v: Tensor, count: Tensor
+    attention: FftRope,
+    tables: Tables,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor,
+    *,
+    training: bool,
 ) -> Tensor:
     no_bias = torch.zeros(1, 1, dtype=torch.float32, device=q.device)
-    y: Tensor = TORCH_OPS["FftRopeAttention"](
+    # Autograd sees through the definition, not through the operator, which computes the same.
+    compute = FFT_ROPE.reference if training else TORCH_OPS["FftRopeAttention"]
+    y: Tensor = compute(
         q,
         k,
         v,
@@ -144,6 +160,26 @@ def _head_sparse(
     return y
 
 
+def _decoded_one_by_one(
+    attention: HeadSparse,
+    tables: Tables,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Softmax attention `[B, H, T, D]` with zeros where a token's router leaves a head out.
+
+    The choice is not differentiable: the router is a constant to training.
+    """
+    units = k.shape[1] if attention.groups else q.shape[1]
+    logits = router_logits(x, tables.router_weight, tables.router_bias)
+    active = active_heads(logits, units, attention.slots).transpose(1, 2)  # [B, H, T]
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return y * active.unsqueeze(-1)
+
+
 def router_logits(x: Tensor, weight: object, bias: object) -> Tensor:
     """What a router says of each head, in fp32.
 
@@ -163,3 +199,21 @@ def router_logits(x: Tensor, weight: object, bias: object) -> Tensor:
 def group_scores(logits: Tensor, groups: int) -> Tensor:
     """The largest of each KV group's logits, `[..., H]` -> `[..., groups]`."""
     return torch.unflatten(logits, -1, (groups, -1)).amax(-1)
+
+
+def top_units(scores: Tensor, slots: int) -> Tensor:
+    """Which units have the `slots` highest scores, `[..., units]` bool."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    return chosen.scatter_(-1, scores.topk(slots, dim=-1).indices, True)
+
+
+def active_heads(scores: Tensor, units: int, slots: int) -> Tensor:
+    """Which query heads are active, `[..., H]` bool: those of the best `slots` units.
+
+    Args:
+        scores: of query heads, `[..., H]`.
+        units: H for heads as they are, Hkv for KV groups, which their best heads stand for.
+        slots: units that are active.
+    """
+    chosen = top_units(group_scores(scores, units), slots)
+    return chosen.repeat_interleave(scores.shape[-1] // units, dim=-1)

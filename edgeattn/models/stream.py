@@ -42,19 +42,24 @@ def window_inputs(
 
 @torch.inference_mode()
 def final_hidden(
-    model: Model, windows: Tensor, *, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    windows: Tensor,
+    *,
+    training: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The residual stream behind the last layer, `[N, L, hidden]` fp32.
 
     Args:
         model: any.
         windows: token ids `[N, L]`.
+        training: compute attention as in training, see `attend_variant`.
         progress: called with (layers done, all layers).
     """
     hidden = embed_windows(model, windows)
     shared = window_inputs(model.shape, windows.shape[1])
     for index in range(model.shape.num_layers):
-        layer = load_layer(model, index, weight_dtype=torch.float32)
+        layer = load_layer(model, index, weight_dtype=torch.float32).train(training)
         run_layer(layer, hidden, shared[model.shape.layer_kind(index)])
         if progress:
             progress(index + 1, model.shape.num_layers)
@@ -113,9 +118,16 @@ class Head:
         return torch.stack(found)
 
 
-def perplexity(model: Model, windows: Tensor) -> float:
-    """Exp of the mean next-token loss on token ids `[N, L]`; infinite where it is no number."""
-    nats = float(Head(model).losses(final_hidden(model, windows), windows).mean())
+def perplexity(model: Model, windows: Tensor, *, training: bool = False) -> float:
+    """Exp of the mean next-token loss; infinite where it is no number.
+
+    Args:
+        model: any.
+        windows: token ids `[N, L]`.
+        training: compute attention as in training, see `attend_variant`.
+    """
+    hidden = final_hidden(model, windows, training=training)
+    nats = float(Head(model).losses(hidden, windows).mean())
     return math.exp(min(nats, _HIGHEST_LOSS)) if math.isfinite(nats) else math.inf
 
 

@@ -60,6 +60,7 @@ def require_attention(recipe: Recipe) -> None:
 
 def with_attention(
     checkpoint: Checkpoint,
+    plain: Model,
     model: Model,
     recipe: Recipe,
     lowering: Lowering,
@@ -72,6 +73,7 @@ def with_attention(
 
     Args:
         checkpoint: with tokenizer and fingerprint.
+        plain: the model before it was rotated and quantised, whose basis files are in.
         model: quantised as the recipe says.
         recipe: names variant and calibration text.
         lowering: for the context.
@@ -85,10 +87,10 @@ def with_attention(
     if request is None or isinstance(request, RecurrentRequest):
         return model, {}
     assert not isinstance(request, LionRequest), "only encoders have it"
-    arguments = (checkpoint, model, recipe, lowering, work / _PART, clock)
+    rest = (model, recipe, lowering, work / _PART, clock)
     if isinstance(request, FftRopeRequest):
-        return _fft_rope(request, *arguments)
-    return _head_sparse(request, *arguments)
+        return _fft_rope(request, checkpoint, *rest)
+    return _head_sparse(request, checkpoint, plain, *rest)
 
 
 def without_variant(recipe: Recipe, lowering: Lowering, shape: ModelShape) -> Lowering:
@@ -138,13 +140,14 @@ def _fft_rope(
 def _head_sparse(
     request: HeadSparseRequest,
     checkpoint: Checkpoint,
+    plain: Model,
     model: Model,
     recipe: Recipe,
     lowering: Lowering,
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.models.model import checkpoint_digest, model_of
+    from edgeattn.models.model import checkpoint_digest
     from edgeattn.pipeline.calibrate_routers import (
         layer_densities,
         routers_made_from,
@@ -158,7 +161,7 @@ def _head_sparse(
         routers, made_from = load_routers(
             Path(request.routers), model.shape, checkpoint_digest(checkpoint), request
         )
-        routers = in_basis_of(routers, model, model_of(checkpoint))
+        routers = in_basis_of(routers, model, plain)
         about = {"trained on": str(made_from.get("text", "an unknown text"))}
     else:
         windows, text = calibration_windows(checkpoint, recipe, lowering.context)

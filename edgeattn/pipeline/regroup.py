@@ -1,4 +1,4 @@
-"""`export --attention gqa`: other numbers of heads, and the training that makes up for the loss."""
+"""`export --attention gqa`: a model with other numbers of heads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeattn import __version__
-from edgeattn.attention import LionRequest
-from edgeattn.bundle import bundle as layout
-from edgeattn.errors import RuntimeInputError
+from edgeattn.attention import FftRopeRequest, HeadSparseRequest, LionRequest
 from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.clock import Clock
 from edgeattn.planner.group_query import regrouped_shape
@@ -27,10 +25,7 @@ if TYPE_CHECKING:
     from edgeattn.transforms.regroup import LayerGroups, RegroupReport
 
 # Of the work folder.
-_PART, _GROUPS, _TRAINING = "regroup", "groups.safetensors", "training.safetensors"
-# Fewer windows to train on would be learned by heart.
-_FEWEST_WINDOWS = 16
-_HELD_WINDOWS = 8
+_PART, _GROUPS = "regroup", "groups.safetensors"
 
 
 def made_before(recipe: Recipe) -> dict[str, Any]:
@@ -41,13 +36,21 @@ def made_before(recipe: Recipe) -> dict[str, Any]:
         found["group query"] = recipe.group_query.label
     if isinstance(request, LionRequest):
         found["linear attention"] = request.label
-    if found and recipe.finetune_text is not None:
+    if recipe.finetune_text is not None:
+        if isinstance(request, FftRopeRequest | HeadSparseRequest):
+            found["trained with"] = {"attention": request.label, "sha256": _tables_sha256(request)}
         found["finetune"] = {
             "sha256": _sha256(Path(recipe.finetune_text)),
             "steps": recipe.finetune_steps,
             "learning_rate": recipe.finetune_lr,
         }
     return found
+
+
+def _tables_sha256(request: FftRopeRequest | HeadSparseRequest) -> str | None:
+    """Of the file of a variant, which is known to be there; None where it is measured."""
+    file = request.heads if isinstance(request, FftRopeRequest) else request.routers
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _sha256(material: Path) -> str:
@@ -67,7 +70,7 @@ def with_regrouped_heads(
     work: Path,
     clock: Clock,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model with the recipe's numbers of heads, trained where it says so, and notes.
+    """The model with the recipe's numbers of heads, and notes.
 
     Args:
         checkpoint: with tokenizer and fingerprint.
@@ -89,7 +92,6 @@ def with_regrouped_heads(
     if request is None:
         return model, {}
     windows, about = calibration_windows(checkpoint, recipe, context)
-    training = None if recipe.finetune_text is None else _training_windows(checkpoint, recipe)
     made_from = {
         "edgeattn": __version__,
         "checkpoint": checkpoint_digest(checkpoint),
@@ -100,13 +102,8 @@ def with_regrouped_heads(
     shape = regrouped_shape(model.shape, request)
     clock.start("comparing heads")
     layers, report = _groups(model, windows, shape, folder, made_from, clock)
-    merged = regroup(model, layers)
-    notes: dict[str, Any] = {"regrouped heads": _about(model.shape, shape, layers, report)}
-    if training is not None:
-        merged, notes["recovery training"] = _recovered(
-            model, merged, training, recipe, folder, made_from, clock
-        )
-    return merged, notes
+    notes = _about(model.shape, shape, layers, report)
+    return regroup(model, layers), {"regrouped heads": notes}
 
 
 def _groups(
@@ -178,68 +175,3 @@ def _record(index: int, layer: LayerGroups, before: ModelShape) -> dict[str, Any
         "key_loss": round(layer.key_loss, 4),
         "value_loss": round(layer.value_loss, 4),
     }
-
-
-def _training_windows(checkpoint: Checkpoint, recipe: Recipe) -> Tensor:
-    """As many windows of the training text as the steps can use.
-
-    Raises:
-        RuntimeInputError: the text is too short.
-        MissingDependencyError: the machine's GPUs cannot be used together.
-    """
-    from edgeattn.calibration.windows import token_ids, token_windows
-    from edgeattn.transforms.recover import STEP_TOKENS, WINDOW_LENGTH
-    from edgeattn.transforms.spread import training_devices
-
-    training_devices()  # refused before heads are compared, which takes minutes
-
-    assert recipe.finetune_text is not None
-    assert recipe.finetune_steps is not None
-    text, tokenizer = read_text(Path(recipe.finetune_text)), checkpoint.text.get(layout.TOKENIZER)
-    length = min(WINDOW_LENGTH, checkpoint.shape.max_context)
-    enough = len(token_ids(text, tokenizer)) // length
-    if enough < _FEWEST_WINDOWS:
-        raise RuntimeInputError(
-            expected=f"a training text of at least {_FEWEST_WINDOWS} windows of {length} tokens",
-            came=f"{recipe.finetune_text} is enough for {enough}",
-            todo="pass a longer text with --finetune-text",
-        )
-    used = recipe.finetune_steps * max(1, STEP_TOKENS // length) + _HELD_WINDOWS
-    return token_windows(
-        text,
-        tokenizer,
-        windows=min(enough, max(used, _FEWEST_WINDOWS)),
-        length=length,
-        vocab_size=checkpoint.shape.vocab_size,
-    )
-
-
-def _recovered(
-    model: Model,
-    merged: Model,
-    windows: Tensor,
-    recipe: Recipe,
-    folder: Any,
-    made_from: Mapping[str, Any],
-    clock: Clock,
-) -> tuple[Model, dict[str, Any]]:
-    from edgeattn.transforms.descent import LEARNING_RATE
-    from edgeattn.transforms.recover import recover
-    from edgeattn.transforms.spread import training_devices
-
-    assert recipe.finetune_text is not None
-    assert recipe.finetune_steps is not None
-    clock.start("recovery training")
-    folder.begin()
-    trained, report = recover(
-        model,
-        merged,
-        windows,
-        steps=recipe.finetune_steps,
-        state_file=folder.path / _TRAINING,
-        made_from={**made_from, **made_before(recipe)},
-        learning_rate=recipe.finetune_lr or LEARNING_RATE,
-        progress=clock.count,
-        devices=training_devices(),
-    )
-    return trained, {"text": Path(recipe.finetune_text).name, **report.to_dict()}

@@ -15,6 +15,7 @@ from edgeattn.errors import MissingDependencyError, UsageError
 from edgeattn.image_file import IMAGES
 from edgeattn.pipeline.attention import require_attention, with_attention, without_variant
 from edgeattn.pipeline.clock import Clock
+from edgeattn.pipeline.recover import training_windows, with_recovery
 from edgeattn.pipeline.regroup import made_before, with_regrouped_heads
 from edgeattn.planner.calibration import window_length
 from edgeattn.planner.lowering import Lowering
@@ -136,7 +137,11 @@ def transform(
     model = model_of(checkpoint)
     context = lowering.context or checkpoint.shape.max_context
     model = replace(model, shape=model.shape.within(context))
+    windows, original = training_windows(checkpoint, recipe), model
     model, notes = with_regrouped_heads(checkpoint, model, recipe, lowering.context, work, clock)
+    arguments = (windows, recipe, lowering, work, clock)
+    model, about = with_recovery(checkpoint, original, model, *arguments)
+    notes, plain = {**notes, **about}, model
     scheme, scale_dtype = lowering.scheme, TORCH_DTYPES[lowering.dtype]
     if scheme.needs_calibration or scheme.rotation != "none":
         model, about = _on_text(checkpoint, model, recipe, lowering, work, clock)
@@ -145,7 +150,7 @@ def transform(
         model = quantize(model, scheme, scale_dtype=scale_dtype)
     if scheme.weight_bits:
         notes = {**_quantized_before(checkpoint), **notes}
-    model, about = with_attention(checkpoint, model, recipe, lowering, work, clock)
+    model, about = with_attention(checkpoint, plain, model, recipe, lowering, work, clock)
     notes = {**notes, **about}
     if lowering.variant is not None and not model.shape.has_variants:
         notes["attention"] = f"no layer takes {lowering.variant}: all stay as they are"

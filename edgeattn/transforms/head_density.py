@@ -10,12 +10,12 @@ from torch import Tensor
 
 from edgeattn.attention import HeadSparseRequest
 from edgeattn.calibration.windows import split_windows
+from edgeattn.models.attention_variants import active_heads
 from edgeattn.models.decoder import DecoderLayer
 from edgeattn.models.layer_inputs import LayerInputs
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import batches, embed_windows, run_layer, window_inputs
 from edgeattn.shape import ModelShape
-from edgeattn.transforms.head_router import active_heads
 
 # The first layers stay dense: sparse ones there cost most of all (Polar Sparsity's study).
 DENSE_LAYERS = 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeattn.models.attention_variants import group_scores, router_logits
+from edgeattn.models.attention_variants import group_scores, router_logits, top_units
 
 Method = Literal["regression", "classification"]
 
@@ -45,24 +45,6 @@ class HeadRouter:
     def scores(self, normed: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., H]`: the higher, the more a head is needed."""
         return router_logits(normed, self.weight, self.bias)
-
-
-def top_units(scores: Tensor, slots: int) -> Tensor:
-    """Which units have the `slots` highest scores, `[..., units]` bool."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter_(-1, scores.topk(slots, dim=-1).indices, True)
-
-
-def active_heads(scores: Tensor, units: int, slots: int) -> Tensor:
-    """Which query heads are active, `[..., H]` bool: those of the best `slots` units.
-
-    Args:
-        scores: of query heads, `[..., H]`.
-        units: H for heads as they are, Hkv for KV groups, which their best heads stand for.
-        slots: units that are active.
-    """
-    chosen = top_units(group_scores(scores, units), slots)
-    return chosen.repeat_interleave(scores.shape[-1] // units, dim=-1)
 
 
 def recall(scores: Tensor, norms: Tensor, units: int, slots: int) -> float:

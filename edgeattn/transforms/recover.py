@@ -47,7 +47,8 @@ class RecoverReport:
         learning_rate: the highest.
         losses: the divergence in nats per token at every step.
         perplexity_original: of the model before its transform, on windows held out.
-        perplexity_before: of the transformed model, on the same windows.
+        perplexity_before: of the transformed model, on the same windows; where heads are sparse,
+            every token behind layer 0 has only those its router chooses.
         perplexity_after: of the model that was returned.
         learned: whether that is the trained one; False where the start was no worse.
         seconds_per_step: on this machine.
@@ -85,7 +86,8 @@ def recover(
 
     Args:
         original: the model before the transform.
-        model: after it, in floating point; the weights that come from training replace its own.
+        model: after it, in floating point, with the attention variants it will have, whose tables
+            stay; the weights that come from training replace its own.
         windows: token ids `[N, L]`; some are held out to judge the result.
         steps: of the training.
         state_file: written every few minutes and at the end, read by the next call, never removed
@@ -109,7 +111,8 @@ def recover(
     if not descent.finished:
         _train(descent, original, model, [train[rows] for rows in batches], devices, progress)
     trained = replace(model, weights=TrainedWeights(model.weights, state_file))
-    perplexities = [perplexity(m, held) for m in (original, model, trained)]
+    # A head-sparse layer loses something only as it decodes, which is how it is trained.
+    perplexities = [perplexity(m, held, training=True) for m in (original, model, trained)]
     learned = perplexities[2] < perplexities[1]
     report = RecoverReport(
         steps=steps,
@@ -134,7 +137,7 @@ def _train(
     progress: Progress | None,
 ) -> None:
     teacher, student = (spread(load_decoder(m, **_FP32), devices) for m in (original, model))
-    student.layers.requires_grad_()
+    student.train().layers.requires_grad_()
 
     def loss(step: int) -> Tensor:
         return _divergence(teacher, student, batches[step].to(devices[0]))

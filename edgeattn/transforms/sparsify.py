@@ -16,13 +16,13 @@ from torch import Tensor
 from edgeattn.attention import HeadSparse, HeadSparseRequest
 from edgeattn.calibration.heads import HeadActivity, observe_heads
 from edgeattn.calibration.windows import split_windows
+from edgeattn.models.attention_variants import active_heads
 from edgeattn.models.model import Model, load_layer
 from edgeattn.models.stream import embed_windows, run_layer, window_inputs
 from edgeattn.transforms.head_density import num_units
 from edgeattn.transforms.head_router import (
     HeadRouter,
     Method,
-    active_heads,
     recall,
     train_router,
 )

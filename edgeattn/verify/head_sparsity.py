@@ -69,7 +69,7 @@ def by_oracle(slots: Mapping[int, int], units: int) -> Choice:
         slots: that are active, by layer; the other layers are dense.
         units: of which they are: H, or Hkv for KV groups.
     """
-    from edgeattn.transforms.head_router import active_heads
+    from edgeattn.models.attention_variants import active_heads
 
     def choose(layer: int, normed: Tensor, heads: Tensor) -> Tensor | None:
         if layer not in slots:

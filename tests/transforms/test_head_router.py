@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edgeattn.models.attention_variants import active_heads
 from edgeattn.transforms.head_router import (
     HeadRouter,
     Method,
-    active_heads,
     recall,
     train_router,
 )
