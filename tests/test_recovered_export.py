@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,8 +14,7 @@ pytest.importorskip("onnxruntime")
 
 from edgeattn.bundle.bundle import REPORT_JSON, Bundle
 from edgeattn.errors import UsageError
-from edgeattn.pipeline import export
-from edgeattn.pipeline.work import work_folder
+from edgeattn.pipeline import export, plan_export
 from edgeattn.recipe import Recipe
 from edgeattn.transforms import descent
 
@@ -34,7 +33,6 @@ def novel(shared_dir: Path) -> str:
 @pytest.mark.parametrize(
     ("attention", "quant"),
     [
-        ((SPARSE,), "none"),
         ((SPARSE,), "w8-rtn"),
         ((POLYNOMIAL,), "none"),
         (("gqa:kv_heads=2", SPARSE), "none"),
@@ -66,3 +64,49 @@ def test_training_pays_a_part_back(
         assert notes["perplexity_before"] > 1.01 * notes["perplexity_original"]
         assert "head sparsity" in transforms
     assert Bundle.open(bundle).manifest.recipe["attention"] == list(attention)
+
+
+def test_stopped_training_goes_on_and_another_variant_is_refused(
+    stories260k: Path, novel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "_SAVE_SECONDS", 0.0)
+    seen = list[tuple[str, int]]()
+
+    def run(attention: str = SPARSE, *, stop: int | None = None) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            seen.append((stage, done))
+            if stage == "recovery training" and done == stop:
+                raise KeyboardInterrupt
+
+        recipe = Recipe(
+            "cpu",
+            attention=(attention,),
+            calibration=novel,
+            calibration_windows=4,
+            finetune_text=novel,
+            finetune_steps=3,
+        )
+        export(stories260k, recipe, tmp_path / "bundle", verify=False, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=1)
+    with pytest.raises(UsageError, match="another model, recipe or calibration text"):
+        run("head-sparse:density=0.75")
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=3)  # all steps; the rest of an export is tested elsewhere
+    assert [done for stage, done in seen if stage == "recovery training" and done] == [2, 3]
+    assert not [done for stage, done in seen if stage == "training routers" and done]
+
+
+def test_quantisation_alone_is_not_trained() -> None:
+    with pytest.raises(UsageError, match="rounded weights are not trained"):
+        Recipe("cpu", quant="w4-rtn", finetune_text="a", finetune_steps=9)
+
+
+def test_a_plan_knows_the_training(stories260k: Path, novel: str, tmp_path: Path) -> None:
+    recipe = Recipe("cpu", attention=(SPARSE,), calibration=novel)
+    plain = plan_export(stories260k, recipe, tmp_path / "b").estimate
+    recipe = replace(recipe, finetune_text=novel, finetune_steps=9)
+    found = plan_export(stories260k, recipe, tmp_path / "b").estimate
+    assert found.seconds.keys() - plain.seconds.keys() == {"recovery training"}

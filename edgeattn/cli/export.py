@@ -24,7 +24,7 @@ Examples:
   edgeattn export HuggingFaceTB/SmolLM2-135M@main --target cpu --quant w4-rtn:group=32
   edgeattn export ./SmolLM2-135M --target l4 --quant w4a16-spinquant --calibration novel.txt
   edgeattn export ./SmolLM2-135M --target jetson-orin --attention head-sparse:density=0.75 \\
-      --calibration novel.txt
+      --calibration novel.txt --finetune-text novel.txt --finetune-steps 200
   edgeattn export ./SmolLM2-135M --target jetson-orin --attention gqa:kv_heads=1 \\
       --calibration novel.txt --finetune-text novel.txt --finetune-steps 200
   edgeattn export ./MiniLM --target cpu --attention lion:variant=d \\
@@ -71,7 +71,7 @@ Examples:
 @click.option(
     "--finetune-text",
     metavar="FILE|DIR",
-    help="Text, or images (.npy), to train on after a lossy transform.",
+    help="Text, or images (.npy), to train on after any --attention that loses something.",
 )
 @click.option(
     "--finetune-steps", type=int, metavar="N", help="Steps of that training, such as 200."

@@ -127,7 +127,7 @@ def estimate(
         tensorrt: whether TensorRT-RTX is there to build it.
         calibration_windows: of the text, for a scheme that needs one.
         learns: learned rotations are not given in a file.
-        regrouped: what other numbers of heads take, None for those of the checkpoint.
+        regrouped: what other numbers of heads and recovery training take; None for neither.
     """
     tensorrt = tensorrt and verify and lowering.rtx_sm is not None
     scheme = lowering.scheme

@@ -21,7 +21,7 @@ _STEP_TOKENS = 256
 
 @dataclass(frozen=True)
 class Regrouping:
-    """What regrouping, and the training behind it, take.
+    """What regrouping, and the recovery training of any lossy attention, take.
 
     Attributes:
         seconds: by stage.
@@ -35,19 +35,21 @@ class Regrouping:
 
 
 def regrouping(shape: ModelShape, recipe: Recipe, context: int | None) -> Regrouping | None:
-    """What `recipe` takes beside the rest of an export; None without other numbers of heads.
+    """What regrouping and recovery training take beside the rest of an export; None for neither.
 
     Args:
         shape: of the checkpoint.
         recipe: for the numbers of heads and the training.
         context: of the bundle; None takes the checkpoint's own.
     """
-    if recipe.group_query is None:
+    if recipe.group_query is None and recipe.finetune_steps is None:
         return None
     weights = shape.num_layers * sum(n * k for n, k in shape.linears().values())
     table = shape.vocab_size * shape.hidden_size
     tokens = (_WINDOWS + _PASSES * _JUDGED) * window_length(shape, context)
-    seconds = {"regrouping": weights * tokens / _FORWARD_PER_S}
+    seconds = {}
+    if recipe.group_query is not None:
+        seconds["regrouping"] = weights * tokens / _FORWARD_PER_S
     memory, disk = 4 * (2 * table + weights // shape.num_layers + tokens * shape.hidden_size), 0
     if recipe.finetune_steps is not None:
         trained = recipe.finetune_steps * weights * _STEP_TOKENS

@@ -19,7 +19,7 @@ from edgeattn.calibration.windows import token_windows
 from edgeattn.errors import UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, load_decoder, load_layer, model_of
-from edgeattn.models.stream import embed_windows, run_layer, window_inputs
+from edgeattn.models.stream import embed_windows, perplexity, run_layer, window_inputs
 from edgeattn.text_file import read_text
 from edgeattn.transforms.head_router import HeadRouter, recall
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
@@ -225,3 +225,12 @@ def test_routers_choose_the_same_heads_in_a_rotated_model(
     same = in_basis_of(trained, stories, stories)
     for layer, routed in same.layers.items():
         assert torch.equal(routed.router.weight, trained.layers[layer].router.weight)
+
+
+def test_training_judges_a_sparse_model_as_it_decodes(
+    stories: Model, novel: Tensor, trained: Routers
+) -> None:
+    sparse, few = sparsify(stories, trained), novel[:2]
+    expected = decoding_perplexity(stories, few, by_routers(trained))
+    assert perplexity(sparse, few, training=True) == pytest.approx(expected, rel=1e-4)
+    assert perplexity(sparse, few) < 0.99 * expected  # whole windows, all heads
