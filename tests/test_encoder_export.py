@@ -166,7 +166,7 @@ def test_each_kind_of_session_refuses_the_other(bundle: Path, tiny_bundle: Path)
     assert Bundle.open(bundle).encoder_shape.task == "embedding"
 
 
-@pytest.mark.parametrize("verb", [("run", "-p", "x"), ("eval", "--text", __file__), ("doctor",)])
+@pytest.mark.parametrize("verb", [("run", "-p", "x"), ("eval", "--text", __file__)])
 def test_verbs_of_decoders_refuse_it(
     bundle: Path, edgeattn: Callable[..., Any], verb: tuple[str, ...]
 ) -> None:

@@ -170,7 +170,6 @@ def test_the_request_changes_nothing(
         ({"attention": ("head-sparse:density=0.5",)}, "linear attention, which has no keys"),
         ({"attention": ("fft-rope",)}, "linear attention, which has no keys"),
         ({"attention": ("gqa:kv_heads=1",)}, "for gqa:kv_heads=1, but layers of"),
-        ({"attention": ("recurrent", "gqa:kv_heads=1")}, "for gqa:kv_heads=1, but layers of"),
         ({"kv_cache": "static"}, "whose state has one size"),
         ({"quant": "w4a16-gptq:group=32"}, "is calibrated on a text"),
         ({"quant": "w8a8:kv=int8"}, "is calibrated on a text"),
