@@ -197,9 +197,9 @@ def lion() -> str:
     return (
         f"After {found['steps']} steps all-MiniLM-L6-v2 as LION-D gives vectors of a mean cosine "
         f"of {kept['cosine, mean']:.2f} with its own, and the\nsame nearest of "
-        f"{kept['paragraphs']} paragraphs for {kept['same nearest paragraph']:.0%}: longer training is needed before it "
-        f"is of use. Of a random encoder\nof its size with rotary positions, LION-D is faster from "
-        f"about {first:,} tokens on this CPU:\n\n"
+        f"{kept['paragraphs']} paragraphs for {kept['same nearest paragraph']:.0%}: longer "
+        f"training is needed before it is of use. Of a random encoder\nof its size with rotary "
+        f"positions, LION-D is faster from about {first:,} tokens on this CPU:\n\n"
         + table(("tokens", *(f"{int(n):,}" for n in lengths)), rows)
     )
 
