@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder, KVCache
@@ -31,7 +32,7 @@ def test_each_row_is_written_from_its_own_slot() -> None:
 
 def test_it_is_an_operator_of_torch() -> None:
     inputs = (torch.rand(2, 3, 6, 4), torch.rand(2, 3, 2, 4), torch.tensor([0, 4]))
-    torch.library.opcheck(TENSOR_SCATTER, inputs)
+    library.opcheck(TENSOR_SCATTER, inputs)
 
 
 def test_what_does_not_fit_is_an_error() -> None:

@@ -63,14 +63,14 @@ def test_flops_that_few_heads_save(heads: int, saving: float) -> None:
     causal = [
         inference_flops(n, LAYERS, WIDTH, h, CONTEXT / 2) for n, h in ((1.2e9, heads), (1.8e9, 8))
     ]
-    assert 1 - causal[1] / causal[0] != pytest.approx(saving, abs=0.01), "half the keys"
+    # A token sees every key of its context: with half of them on the mean, less would be saved.
+    assert 1 - causal[1] / causal[0] < saving - 0.01
 
 
 def test_memory_that_few_heads_save() -> None:
     many = inference_values(1.2e9, LAYERS, WIDTH, 8, CONTEXT)
     few = inference_values(1.8e9, LAYERS, WIDTH, 1, CONTEXT)
     assert 1 - few / many == pytest.approx(0.601, abs=5e-4)
-    assert 1 - few / many != pytest.approx(0.508, abs=0.05), "as the paper prints it"
 
 
 def test_the_paper_prefers_the_larger_model_with_few_heads() -> None:
