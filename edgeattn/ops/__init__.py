@@ -16,10 +16,12 @@ _PARTS = (
     "cpp_header",
     "fft_rope_body",
     "fft_rope_kernels",
+    "fft_rope_masks",
     "function",
     "kernel_widths",
     "polynomial_sums",
     "spec",
+    "spec_problems",
     "torch_ops",
 )
 
