@@ -77,6 +77,9 @@ COVERING = {
     ("recurrent", "none"),
     ("recurrent", "w4-rtn"),
 }
+# TensorRT-RTX 1.7 fails an assertion of its own (MyelinCheckException) where the int8 weights of an
+# MLP follow the body of the recurrence: `tests/plugins/test_recurrent_models.py` builds them.
+BUILT_WITH_LIBRARY = {("recurrent", "w8-rtn")}
 PAIRS = [
     pytest.param(*pair, marks=() if pair in COVERING else pytest.mark.slow)
     for pair in itertools.product(ATTENTION, QUANT)
@@ -188,7 +191,7 @@ def test_an_allowed_pair_is_proven_and_built_for_two_gpus(
     assert own == {op for name, op in OPERATORS.items() if name in attention.split("+")}
     stored = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
     assert {stored[t.data_type] for t in graph.initializer if t.data_type in stored} == bits
-    if TENSORRT_RTX.is_available():
+    if TENSORRT_RTX.is_available() and (attention, quant) not in BUILT_WITH_LIBRARY:
         record = build_bundle(path, BuildRequest(targets=TARGETS)).engine.record
         assert record.sms == (89, 120)
         assert ("INT4" in {layer.precision for layer in record.layer_list}) == (4 in bits)
