@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgeattn.encoder_shape import EncoderShape
 from edgeattn.planner.lowering import Lowering
-from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
+from edgeattn.verify.compare import KL, Agreement, compare_and_locate, distribution_agreement
 from edgeattn.verify.drive import Tensors
 from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases, run_cases
 from edgeattn.verify.failures import overflow_error
@@ -150,16 +150,13 @@ def _check_onnxruntime(
 ) -> Agreement:
     """The bundle's own file; run again with the residual stream where the first error is sought."""
     stage = staged(progress, "ONNX Runtime")
-    backend = EncoderBackend(model_file, lowering, provider=provider)
-    found = run_cases(backend.run, golden.cases, stage)
-    agreement = compare(backend.name, found, golden, lowering)
-    if agreement.passed:
-        return agreement
-    backend = EncoderBackend(model_file, lowering, hidden=True, provider=provider)
-    found = run_cases(backend.run, golden.cases, stage)
-    detailed = compare(backend.name, found, golden, lowering)
-    place = locate(detailed.comparisons, shape.num_layers, last="what follows the last layer")
-    return replace(detailed, first_bad=place)
+
+    def run(hidden: bool) -> tuple[str, Tensors]:
+        backend = EncoderBackend(model_file, lowering, hidden=hidden, provider=provider)
+        return backend.name, run_cases(backend.run, golden.cases, stage)
+
+    last = "what follows the last layer"
+    return compare_and_locate(run, golden, lowering, shape.num_layers, last=last)
 
 
 def sample_encoder_operators(
