@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edgeattn.attention import Lion
 from edgeattn.errors import CheckpointError
-from edgeattn.shape import LayerKind, ModelShape, Rope, layer_kind
+from edgeattn.shape import LayerKind, Layers, ModelShape, layer_kind
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu-tanh", "relu", "silu"]
@@ -82,7 +81,7 @@ class PatchInput:
 
 
 @dataclass(frozen=True)
-class EncoderShape:
+class EncoderShape(Layers):
     """Layers, heads and widths of a transformer whose tokens all see each other.
 
     Attributes:
@@ -139,24 +138,10 @@ class EncoderShape:
             CheckpointError: a count is not positive, heads or patches do not divide, or the task
                 does not fit.
         """
-        counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
-        for field in (*counts, "intermediate_size"):
-            _check_positive(field, getattr(self, field))
+        self._check_layers(_bad)
         for field, value in asdict(self.input).items():
             if not isinstance(value, bool) and field != "token_types":
                 _check_positive(field, value)
-        if self.num_heads % self.num_kv_heads:
-            raise _bad(
-                "a number of query heads that KV heads divide",
-                f"there are {self.num_heads} query and {self.num_kv_heads} KV heads",
-            )
-        if not 0 < self.norm_eps < math.inf:
-            raise _bad("a positive norm_eps", f"it is {self.norm_eps}")
-        if not self.layer_cycle:
-            raise _bad("at least one kind of layer", "there is none")
-        for rope in self.ropes:
-            if rope.dim > self.head_dim:
-                raise _bad(f"at most {self.head_dim} rotated elements", f"there are {rope.dim}")
         if isinstance(self.input, PatchInput):
             for side in (self.input.height, self.input.width):
                 if side % self.input.patch:
@@ -174,35 +159,6 @@ class EncoderShape:
     def output(self) -> str:
         """The name of the graph's output."""
         return OUTPUTS[self.task]
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        """The kind of one layer."""
-        return self.layer_cycle[layer % len(self.layer_cycle)]
-
-    @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The distinct kinds of the layers there are, by first use."""
-        return tuple(dict.fromkeys(self.layer_cycle[: self.num_layers]))
-
-    @property
-    def has_variants(self) -> bool:
-        """Whether some layer's attention is no plain softmax."""
-        return any(kind.attention is not None for kind in self.layer_kinds)
-
-    @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The distinct rotary positions of the layers, by first use."""
-        return tuple(dict.fromkeys(k.rope for k in self.layer_kinds if k.rope is not None))
-
-    @property
-    def q_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key (or value) heads together."""
-        return self.num_kv_heads * self.head_dim
 
     def with_attention(self, attention: Lion) -> EncoderShape:
         """The same encoder with another attention in every layer."""

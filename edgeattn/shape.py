@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -120,8 +120,80 @@ class LayerKind:
         return ("key", "value")
 
 
+class Layers:
+    """What decoders and encoders tell of their layers and heads alike: a base of their dataclasses.
+
+    It names fields that those declare, each in its own order, and has none itself.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    layer_cycle: tuple[LayerKind, ...]
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The kind of one layer."""
+        return self.layer_cycle[layer % len(self.layer_cycle)]
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The distinct kinds of the layers there are, by first use."""
+        return tuple(dict.fromkeys(self.layer_cycle[: self.num_layers]))
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether some layer's attention is no plain softmax."""
+        return any(kind.attention is not None for kind in self.layer_kinds)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The distinct rotary positions of the layers, by first use."""
+        return tuple(dict.fromkeys(k.rope for k in self.layer_kinds if k.rope is not None))
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    def _check_layers(self, bad: Callable[[str, str], CheckpointError]) -> None:
+        """Refuses numbers that no layers can have.
+
+        Args:
+            bad: makes the error of what was expected and what came.
+
+        Raises:
+            CheckpointError: a count or norm_eps is not positive, heads do not divide, or the
+                layers' kinds do not fit.
+        """
+        counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
+        for field in (*counts, "intermediate_size"):
+            if getattr(self, field) < 1:
+                raise bad(f"a positive {field}", f"it is {getattr(self, field)}")
+        if self.num_heads % self.num_kv_heads:
+            raise bad(
+                "a number of query heads that KV heads divide",
+                f"there are {self.num_heads} query and {self.num_kv_heads} KV heads",
+            )
+        if not 0 < self.norm_eps < math.inf:
+            raise bad("a positive norm_eps", f"it is {self.norm_eps}")
+        if not self.layer_cycle:
+            raise bad("at least one kind of layer", "there is none")
+        for rope in self.ropes:
+            if rope.dim > self.head_dim:
+                raise bad(f"at most {self.head_dim} rotated elements", f"there are {rope.dim}")
+
+
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(Layers):
     """Layers, heads and widths of a decoder-only transformer with RMSNorm and a gated MLP.
 
     Attributes:
@@ -178,40 +250,16 @@ class ModelShape:
             CheckpointError: a count is not positive, heads do not divide, head_dim is odd, or the
                 layers' kinds do not fit.
         """
-        counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
-        for field in (*counts, "intermediate_size", "vocab_size", "max_context"):
+        self._check_layers(_bad)
+        for field in ("vocab_size", "max_context"):
             if getattr(self, field) < 1:
                 raise _bad(f"a positive {field}", f"it is {getattr(self, field)}")
-        if self.num_heads % self.num_kv_heads:
-            raise _bad(
-                "a number of query heads that KV heads divide",
-                f"there are {self.num_heads} query and {self.num_kv_heads} KV heads",
-            )
         if self.head_dim % 2:
             raise _bad("an even head_dim, which RoPE needs", f"it is {self.head_dim}")
-        for field in ("norm_eps", "embedding_scale", "attention_softcap", "logits_softcap"):
+        for field in ("embedding_scale", "attention_softcap", "logits_softcap"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise _bad(f"a positive {field}", f"it is {value}")
-        if not self.layer_cycle:
-            raise _bad("at least one kind of layer", "there is none")
-        for rope in self.ropes:
-            if rope.dim > self.head_dim:
-                raise _bad(f"at most {self.head_dim} rotated elements", f"there are {rope.dim}")
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        """The kind of one layer."""
-        return self.layer_cycle[layer % len(self.layer_cycle)]
-
-    @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The distinct kinds of the layers there are, by first use."""
-        return tuple(dict.fromkeys(self.layer_cycle[: self.num_layers]))
-
-    @property
-    def has_variants(self) -> bool:
-        """Whether some layer's attention is no plain softmax."""
-        return any(kind.attention is not None for kind in self.layer_kinds)
 
     @property
     def is_recurrent(self) -> bool:
@@ -253,24 +301,9 @@ class ModelShape:
         return replace(self, layer_cycle=cycle)
 
     @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The distinct rotary positions of the layers, by first use."""
-        return tuple(dict.fromkeys(k.rope for k in self.layer_kinds if k.rope is not None))
-
-    @property
     def q_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def q_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key (or value) heads together."""
-        return self.num_kv_heads * self.head_dim
 
     def linears(self, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
         """The linear layers of one block: name within the block -> (outputs, inputs).

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from processes import wait_until
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.bundle.writer import BundleWriter
@@ -188,10 +188,7 @@ def test_an_interrupted_one_neither(
     with subprocess.Popen(
         ["sh", bundle / SCRIPT], env=environment(tmp_path), start_new_session=True
     ) as script:
-        deadline = time.monotonic() + 120
-        while not list(bundle.glob("engines/.trtexec-*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: list(bundle.glob("engines/.trtexec-*")), 120)
         os.killpg(script.pid, signal.SIGINT)  # as a terminal does
         assert script.wait(120) == 130
     assert not list(bundle.glob("engines/*")) + list(bundle.glob("engines/.*"))

@@ -10,13 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import is_alive, wait_until
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.engine.build import BuildReport
@@ -123,7 +123,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, fake_cuda: Path) -> Iterato
         command = [SSHD, "-D", "-e", "-f", folder / "server"]
         server = subprocess.Popen(command, stderr=log)
     try:
-        _wait(lambda: _listens(port) or server.poll() is not None)
+        wait_until(lambda: _listens(port) or server.poll() is not None)
         if server.poll() is not None:
             pytest.skip(f"sshd does not start here: {(folder / 'log').read_text()[-200:]}")
         yield found
@@ -519,15 +519,15 @@ def test_ctrl_c_ends_the_build_there(device: Device, bundle: Path, tmp_path: Pat
     with subprocess.Popen(
         [sys.executable, "-c", SHIM, *words], stderr=subprocess.PIPE, start_new_session=True
     ) as here:
-        _wait(lambda: list(device.home.rglob(".building-*")))
+        wait_until(lambda: list(device.home.rglob(".building-*")))
         there = int((device.folder / "pid").read_text())
-        assert _is_alive(there)
+        assert is_alive(there)
         here.send_signal(signal.SIGINT)
         _, stderr = here.communicate(timeout=20)
     assert here.returncode == 130
     assert b"interrupted" in stderr
-    _wait(lambda: not _is_alive(there))
-    _wait(lambda: not list(device.home.rglob("engines")))
+    wait_until(lambda: not is_alive(there))
+    wait_until(lambda: not list(device.home.rglob("engines")))
     assert not (bundle / "engines").exists()
 
 
@@ -583,18 +583,3 @@ def test_no_addresses(text: str) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def _wait(done: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.05)

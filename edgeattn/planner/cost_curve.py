@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from edgeattn.attention import HeadSparse
 from edgeattn.devices.registry import Target
@@ -15,6 +15,7 @@ from edgeattn.shape import ModelShape
 
 # Contexts of a curve: the longest, and each half of it down to this many tokens.
 _SHORTEST, _MOST_POINTS = 64, 9
+_Point = TypeVar("_Point")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class CostPoint:
 
 
 @dataclass(frozen=True)
-class CostCurve:
-    """Points of one graph.
+class CostCurve(Generic[_Point]):
+    """Points of one graph, a decoder's or an encoder's.
 
     Attributes:
         label: what it is.
@@ -44,14 +45,16 @@ class CostCurve:
     """
 
     label: str
-    points: tuple[CostPoint, ...]
+    points: tuple[_Point, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self)
 
 
-def cost_curves(shape: ModelShape, lowering: Lowering, target: Target) -> list[CostCurve]:
+def cost_curves(
+    shape: ModelShape, lowering: Lowering, target: Target
+) -> list[CostCurve[CostPoint]]:
     """The graph's curve and, where it differs, that of the same model before anything was changed.
 
     Args:

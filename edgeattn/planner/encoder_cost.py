@@ -6,12 +6,11 @@ grows as the length does.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from edgeattn.devices.registry import Target
 from edgeattn.encoder_shape import EncoderShape, TokenInput
-from edgeattn.planner.cost_curve import curve_contexts
+from edgeattn.planner.cost_curve import CostCurve, curve_contexts
 from edgeattn.planner.lowering import Lowering
 from edgeattn.planner.memory import DTYPE_BYTES, matrix_bytes
 from edgeattn.planner.roofline import rates_of
@@ -33,26 +32,9 @@ class EncoderCostPoint:
     seconds: float | None
 
 
-@dataclass(frozen=True)
-class EncoderCostCurve:
-    """Points of one graph.
-
-    Attributes:
-        label: what it is.
-        points: by context, from the shortest on.
-    """
-
-    label: str
-    points: tuple[EncoderCostPoint, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-
 def encoder_cost_curves(
     shape: EncoderShape, lowering: Lowering, target: Target
-) -> list[EncoderCostCurve]:
+) -> list[CostCurve[EncoderCostPoint]]:
     """The graph's curve and, where it differs, that of the same model before anything was changed.
 
     Args:
@@ -63,13 +45,13 @@ def encoder_cost_curves(
     if not isinstance(shape.input, TokenInput):
         return []
     contexts = curve_contexts(lowering.context or shape.max_context)
-    curves = [EncoderCostCurve("this bundle", _points(shape, lowering, target, contexts))]
+    curves = [CostCurve("this bundle", _points(shape, lowering, target, contexts))]
     scheme = lowering.scheme
     if scheme.weight_bits or scheme.rounds_at_run_time or shape.has_variants:
         plain = replace(lowering, scheme=parse_scheme("none"))
         cycle = tuple(replace(kind, attention=None) for kind in shape.layer_cycle)
         points = _points(replace(shape, layer_cycle=cycle), plain, target, contexts)
-        curves.append(EncoderCostCurve(f"the model in {lowering.dtype}", points))
+        curves.append(CostCurve(f"the model in {lowering.dtype}", points))
     return curves
 
 

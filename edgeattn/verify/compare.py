@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ OPERATOR = "operator "
 HEAD = "head"
 # The name under which golden vectors keep the KL of plain torch in low precision.
 KL = "kl"
+# What follows the last layer of a decoder.
+LAST = "final norm or LM head"
 # Nats, for schemes that round at run time: small errors could add up in one direction.
 MAX_KL = 0.01
 
@@ -156,9 +158,32 @@ def _kind(tensor: str) -> str:
     return tensor.partition(".")[2].lstrip("0123456789.") or tensor
 
 
-def locate(
-    comparisons: Sequence[Comparison], num_layers: int, *, last: str = "final norm or LM head"
-) -> str:
+def compare_and_locate(
+    run: Callable[[bool], tuple[str, Tensors]],
+    golden: Golden | EncoderGolden,
+    lowering: Lowering,
+    num_layers: int,
+    *,
+    last: str = LAST,
+) -> Agreement:
+    """As `compare`; only when something disagrees is the graph run again, to name where.
+
+    Args:
+        run: gives the backend's name and what it computed; called with whether the residual stream
+            is wanted, too.
+        golden: what was expected.
+        lowering: what was decided.
+        num_layers: of the network.
+        last: what an error behind all layers is put down to.
+    """
+    agreement = compare(*run(False), golden, lowering)
+    if agreement.passed:
+        return agreement
+    detailed = compare(*run(True), golden, lowering)
+    return replace(detailed, first_bad=locate(detailed.comparisons, num_layers, last=last))
+
+
+def locate(comparisons: Sequence[Comparison], num_layers: int, *, last: str = LAST) -> str:
     """Names the place of the first error, walking the network from its input.
 
     A layer that errs on its own is the place, whatever its errors do to the layers behind it.

@@ -14,13 +14,12 @@ import numpy.typing as npt
 
 from edgeattn.encoder_shape import EncoderShape
 from edgeattn.planner.lowering import Lowering
-from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
-from edgeattn.verify.compare import KL, Agreement, compare, distribution_agreement, locate
+from edgeattn.verify.compare import KL, Agreement, compare_and_locate, distribution_agreement
 from edgeattn.verify.drive import Tensors
 from edgeattn.verify.encoder_golden import EncoderCase, EncoderGolden, encoder_cases, run_cases
 from edgeattn.verify.failures import overflow_error
 from edgeattn.verify.operators import Sample, watch_operators, with_operators
-from edgeattn.verify.ort_backend import rewritten
+from edgeattn.verify.ort_backend import open_exactly
 from edgeattn.verify.tolerance import plain_dtypes, plain_runs
 from edgeattn.verify.verify import Progress, Verification, staged, with_tensorrt
 
@@ -151,16 +150,13 @@ def _check_onnxruntime(
 ) -> Agreement:
     """The bundle's own file; run again with the residual stream where the first error is sought."""
     stage = staged(progress, "ONNX Runtime")
-    backend = EncoderBackend(model_file, lowering, provider=provider)
-    found = run_cases(backend.run, golden.cases, stage)
-    agreement = compare(backend.name, found, golden, lowering)
-    if agreement.passed:
-        return agreement
-    backend = EncoderBackend(model_file, lowering, hidden=True, provider=provider)
-    found = run_cases(backend.run, golden.cases, stage)
-    detailed = compare(backend.name, found, golden, lowering)
-    place = locate(detailed.comparisons, shape.num_layers, last="what follows the last layer")
-    return replace(detailed, first_bad=place)
+
+    def run(hidden: bool) -> tuple[str, Tensors]:
+        backend = EncoderBackend(model_file, lowering, hidden=hidden, provider=provider)
+        return backend.name, run_cases(backend.run, golden.cases, stage)
+
+    last = "what follows the last layer"
+    return compare_and_locate(run, golden, lowering, shape.num_layers, last=last)
 
 
 def sample_encoder_operators(
@@ -177,18 +173,19 @@ def sample_encoder_operators(
     watched = watch_operators(model_file, every=every)
     if not watched.nodes:
         return []
-    backend = EncoderBackend(model_file, lowering, expose=watched.inner)
+    backend = EncoderBackend(model_file, lowering, expose=watched.inner, keep_rounding=True)
     return watched.samples({**case.inputs, **backend.run_raw(case.inputs)})
 
 
 class EncoderBackend:
-    """An encoder's model.onnx in ONNX Runtime; on a CPU a bf16 graph is widened (`OrtBackend`).
+    """An encoder's ONNX file, as `open_exactly` opens it.
 
     Args:
         model: model.onnx; its weights lie beside it.
         lowering: dtype of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
         expose: names of further values to give.
+        keep_rounding: see `open_exactly`.
         provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
     """
 
@@ -199,20 +196,15 @@ class EncoderBackend:
         *,
         hidden: bool = False,
         expose: Sequence[str] = (),
+        keep_rounding: bool = False,
         provider: str = "cpu",
     ) -> None:
-        widen = lowering.dtype == "bf16" and provider == "cpu"
-        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
-        self.name += f" (provider {provider})" if provider != "cpu" else ""
-        source: Path | bytes = model
-        if hidden or expose or widen:
-            proto = rewritten(model, hidden=hidden, expose=expose, widen=widen)
-            source = proto.SerializeToString()
-        self._session = open_onnxruntime(
-            source,
-            weights_dir=model.parent,
-            exact=True,
-            keep_rounding=bool(expose),
+        self.name, self._session = open_exactly(
+            model,
+            lowering,
+            hidden=hidden,
+            expose=expose,
+            keep_rounding=keep_rounding,
             provider=provider,
         )
         self._outputs = [output.name for output in self._session.get_outputs()]

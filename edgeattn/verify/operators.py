@@ -93,7 +93,7 @@ def sample_operators(
     watched = watch_operators(model_file, every=every)
     if not watched.nodes:
         return []
-    backend = OrtBackend(model_file, lowering, expose=watched.inner)
+    backend = OrtBackend(model_file, lowering, expose=watched.inner, keep_rounding=True)
     samples, output = list[Sample](), None
     for step in case.steps[:2]:
         past = backend.past(len(step.input_ids), output) if watched.reads_inputs else {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from edgeattn.verify.cases import RAGGED_LENGTHS, StepInputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
 # Room for the longest case, so that caches are appended to in place.
 _CONTEXT = 64
@@ -26,18 +28,17 @@ _CHECKED = 512
 
 
 class OrtBackend:
-    """Runs the ONNX file exactly (no int8 activations).
+    """A decoder's ONNX file, as `open_exactly` opens it.
 
-    ONNX Runtime's CPU has no bf16 kernels: a bf16 graph is widened in memory, its weights cast to
-    fp32 as they are read. That proves the graph and the stored weights, not bf16 arithmetic, and
-    the backend's name says so; a GPU computes in bf16. A static cache gets a capacity that fits the
-    steps, as it does where the bundle runs (`edgeattn.runtime.in_place`).
+    A static cache gets a capacity that fits the steps, as it does where the bundle runs
+    (`edgeattn.runtime.in_place`).
 
     Args:
         model: model.onnx; its weights lie beside it.
         lowering: dtype and cache of the bundle.
         hidden: also give the residual stream after each layer as outputs. The file stays as it is.
         expose: names of further values to give.
+        keep_rounding: see `open_exactly`.
         provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
     """
 
@@ -48,29 +49,19 @@ class OrtBackend:
         *,
         hidden: bool = False,
         expose: Sequence[str] = (),
+        keep_rounding: bool = False,
         provider: str = "cpu",
     ) -> None:
-        is_static, on_gpu = lowering.kv_cache == "static", provider != "cpu"
-        widen = lowering.dtype == "bf16" and not on_gpu
-        self.name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
-        self.name += f" (provider {provider})" if on_gpu else ""
-        source: Path | bytes = model
-        options: dict[str, str] = {}
-        if hidden or expose or widen or on_gpu or is_static:
-            proto = rewritten(model, hidden=hidden, expose=expose, widen=widen)
-            if on_gpu:
-                widen_boundary(proto, [v.name for v in (*proto.graph.input, *proto.graph.output)])
-                sizes = {"context": lowering.context or _CHECKED, "batch": len(RAGGED_LENGTHS)}
-                options = provider_options(proto, model, provider, **sizes)
-            if is_static:
-                free_capacity(proto)
-            source = proto.SerializeToString()
-        self._session = open_onnxruntime(
-            source,
-            weights_dir=model.parent,
-            exact=True,
+        prepare = partial(_prepare, model=model, lowering=lowering, provider=provider)
+        is_prepared = provider != "cpu" or lowering.kv_cache == "static"
+        self.name, self._session = open_exactly(
+            model,
+            lowering,
+            hidden=hidden,
+            expose=expose,
+            keep_rounding=keep_rounding,
             provider=provider,
-            provider_options=options,
+            prepare=prepare if is_prepared else None,
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith(PAST)}
@@ -118,7 +109,67 @@ class OrtBackend:
         return value.astype(np.float32)
 
 
-def rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool) -> ModelProto:
+def _prepare(
+    proto: ModelProto, *, model: Path, lowering: Lowering, provider: str
+) -> dict[str, str]:
+    """Fits a decoder's graph to the steps of the proof; the provider's options."""
+    options = {}
+    if provider != "cpu":
+        widen_boundary(proto, [v.name for v in (*proto.graph.input, *proto.graph.output)])
+        sizes = {"context": lowering.context or _CHECKED, "batch": len(RAGGED_LENGTHS)}
+        options = provider_options(proto, model, provider, **sizes)
+    if lowering.kv_cache == "static":
+        free_capacity(proto)
+    return options
+
+
+def open_exactly(
+    model: Path,
+    lowering: Lowering,
+    *,
+    hidden: bool,
+    expose: Sequence[str],
+    keep_rounding: bool,
+    provider: str,
+    prepare: Callable[[ModelProto], dict[str, str]] | None = None,
+) -> tuple[str, InferenceSession]:
+    """Opens the ONNX file exactly (no int8 activations), and says by which name it is reported.
+
+    ONNX Runtime's CPU has no bf16 kernels: a bf16 graph is widened in memory, its weights cast to
+    fp32 as they are read. That proves the graph and the stored weights, not bf16 arithmetic, and
+    the name says so; a GPU computes in bf16.
+
+    Args:
+        model: model.onnx; its weights lie beside it.
+        lowering: dtype of the bundle.
+        hidden: also give the residual stream after each layer as outputs. The file stays as it is.
+        expose: names of further values to give.
+        keep_rounding: give them as the graph computes them; else ONNX Runtime may round them ahead
+            for a reader. What runs does not keep it, so a proof of the whole graph does not either.
+        provider: "cpu", or "cuda" or "tensorrt" of onnxruntime-gpu.
+        prepare: changes the graph further and gives the provider's options.
+    """
+    on_gpu, options = provider != "cpu", dict[str, str]()
+    widen = lowering.dtype == "bf16" and not on_gpu
+    name = "onnxruntime" + (" (bf16 widened to fp32)" if widen else "")
+    name += f" (provider {provider})" if on_gpu else ""
+    source: Path | bytes = model
+    if hidden or expose or widen or prepare:
+        proto = _rewritten(model, hidden=hidden, expose=expose, widen=widen)
+        options = prepare(proto) if prepare else {}
+        source = proto.SerializeToString()
+    session = open_onnxruntime(
+        source,
+        weights_dir=model.parent,
+        exact=True,
+        keep_rounding=keep_rounding,
+        provider=provider,
+        provider_options=options,
+    )
+    return name, session
+
+
+def _rewritten(model: Path, *, hidden: bool, expose: Sequence[str], widen: bool) -> ModelProto:
     """The graph of `model`, its weights still external, with the changes asked for."""
     import onnx
 

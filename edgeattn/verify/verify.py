@@ -19,11 +19,11 @@ from edgeattn.verify.cases import MANY_RAGGED_STEPS, RAGGED_STEPS, build_cases
 from edgeattn.verify.compare import (
     KL,
     Agreement,
-    compare,
+    compare_and_locate,
     distribution_agreement,
     locate,
 )
-from edgeattn.verify.drive import drive
+from edgeattn.verify.drive import Tensors, drive
 from edgeattn.verify.failures import disagreement_error, overflow_error
 from edgeattn.verify.golden import Golden
 from edgeattn.verify.measure import errors
@@ -228,15 +228,13 @@ def check_onnxruntime(
     Only when something disagrees is the graph run again with the residual stream as outputs, to
     name the first bad layer.
     """
-    stage = staged(progress, "ONNX Runtime")
-    backend = OrtBackend(model_file, lowering, provider=provider)
-    agreement = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
-    if agreement.passed:
-        return agreement
-    stage = staged(progress, "ONNX Runtime, layer by layer")
-    backend = OrtBackend(model_file, lowering, hidden=True, provider=provider)
-    detailed = compare(backend.name, drive(backend, golden.cases, stage), golden, lowering)
-    return replace(detailed, first_bad=locate(detailed.comparisons, num_layers))
+
+    def run(hidden: bool) -> tuple[str, Tensors]:
+        stage = staged(progress, "ONNX Runtime, layer by layer" if hidden else "ONNX Runtime")
+        backend = OrtBackend(model_file, lowering, hidden=hidden, provider=provider)
+        return backend.name, drive(backend, golden.cases, stage)
+
+    return compare_and_locate(run, golden, lowering, num_layers)
 
 
 def add_layers(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import BARE_MACHINE
 from model_configs import LLAMA3_8B, SMOLLM2_135M
 
 from edgeattn.devices.libcuda import GpuFacts
@@ -19,19 +20,11 @@ from edgeattn.engine.flavours import TENSORRT_RTX
 from edgeattn.engine.plugins import PLUGIN_ABI
 
 GIB = 2**30
-SERVER = Probe(
+SERVER = replace(
+    BARE_MACHINE,
     arch="x86_64",
-    gpu=None,
-    gpu_problem="there is no libcuda.so.1",
-    driver=None,
-    l4t=None,
-    jetpack=None,
-    board=None,
-    power_mode=None,
-    tensorrt=None,
     tensorrt_rtx="1.7.1.116",
     onnxruntime="1.31.1",
-    onnxruntime_gpu=None,
     free_memory_bytes=20 * GIB,
     total_memory_bytes=24 * GIB,
 )

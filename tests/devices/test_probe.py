@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import BARE_MACHINE
 
 from edgeattn.devices.libcuda import GpuFacts
-from edgeattn.devices.probe import Probe, free_memory, matching_device, matching_target, probe
+from edgeattn.devices.probe import free_memory, matching_device, matching_target, probe
 
 TEGRA_RELEASE = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed\n"
@@ -31,23 +32,6 @@ Version: 36.4.3-20250107174145
 """
 MEMINFO = "MemTotal:  7802140 kB\nMemFree:   100000 kB\nMemAvailable:  6000000 kB\nHugePages: 0\n"
 KIB = 1024
-
-NOWHERE = Probe(
-    arch="aarch64",
-    gpu=None,
-    gpu_problem="there is no libcuda.so.1",
-    driver=None,
-    l4t=None,
-    jetpack=None,
-    board=None,
-    power_mode=None,
-    tensorrt=None,
-    tensorrt_rtx=None,
-    onnxruntime=None,
-    onnxruntime_gpu=None,
-    free_memory_bytes=4_000_000_000,
-    total_memory_bytes=7_989_000_000,
-)
 
 
 @pytest.fixture
@@ -331,12 +315,12 @@ ORIN = "NVIDIA Jetson AGX Orin Developer Kit"
     ],
 )  # fmt: skip
 def test_which_target_it_is(facts: dict[str, Any], target: str | None) -> None:
-    found = matching_target(replace(NOWHERE, **facts))
+    found = matching_target(replace(BARE_MACHINE, **facts))
     assert (found.name if found else None) == target
 
 
 def test_a_jetson_whose_jetpack_is_none_of_ours_is_still_that_device() -> None:
-    found = replace(NOWHERE, gpu=gpu("Orin", 87, 62841), board=ORIN, l4t="35.4.1")
+    found = replace(BARE_MACHINE, gpu=gpu("Orin", 87, 62841), board=ORIN, l4t="35.4.1")
     device = matching_device(found)
     assert device is not None
     assert device.name == "jetson-orin-agx-64gb"

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save_model
+from processes import is_alive, wait_for_pid, wait_until
 
 from edgeattn.engine import build, child_process, flavours
 from edgeattn.engine.build import BuildReport, check_build
@@ -251,7 +251,7 @@ def test_timeout_kills_the_child(linear: Path, child, tmp_path: Path) -> None:
     report = check(linear, timeout_s=3.0)
     assert report.status == "refused"
     assert report.exit_detail == "no result after 3 s, killed"
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_ctrl_c_kills_the_child(linear: Path, child, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_ctrl_c_kills_the_child(linear: Path, child, tmp_path: Path) -> None:
         parent.send_signal(signal.SIGINT)
         _, stderr = parent.communicate(timeout=20)
     assert b"KeyboardInterrupt" in stderr
-    assert not alive(pid)
+    assert not is_alive(pid)
 
 
 @needs_rtx
@@ -296,10 +296,7 @@ def test_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path) as parent:
         pid = wait_for_pid(tmp_path / "pid")
         parent.kill()
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pid)
+    wait_until(lambda: not is_alive(pid), 10)
 
 
 def test_without_the_package_nothing_is_checked(
@@ -313,19 +310,3 @@ def test_without_the_package_nothing_is_checked(
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"none\.onnx does not exist"):
         check(tmp_path / "none.onnx")
-
-
-def wait_for_pid(path: Path) -> int:
-    deadline = time.monotonic() + 20
-    while not (path.is_file() and path.read_text()):
-        assert time.monotonic() < deadline, "the child did not start"
-        time.sleep(0.05)
-    return int(path.read_text())
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

@@ -17,10 +17,10 @@ import pytest
 pytest.importorskip("torch")
 
 from fake_engine import GPU, SM, VERSION, write_engine
+from machines import BARE_MACHINE
 
 from edgeattn.bundle.bundle import Bundle, hash_file
 from edgeattn.devices.libcuda import GpuFacts
-from edgeattn.devices.probe import Probe
 from edgeattn.engine.embed_cubins import TABLE_MARKER
 from edgeattn.engine.flavours import Flavour
 from edgeattn.engine.plugins import PLUGIN_ABI
@@ -36,19 +36,13 @@ HERE = platform.machine()
 OTHER = {"x86_64": "aarch64", "aarch64": "x86_64"}[HERE]
 MACHINES = {"x86_64": 62, "aarch64": 183}
 LIBRARY = "plugins/here/libedgeattn_plugins.so"
-DEVICE = Probe(
+DEVICE = replace(
+    BARE_MACHINE,
     arch=HERE,
     gpu=GpuFacts(GPU, SM, 80_000_000_000, 79_000_000_000),
     gpu_problem="",
     driver="13.2",
-    l4t=None,
-    jetpack=None,
-    board=None,
-    power_mode=None,
     tensorrt=VERSION,
-    tensorrt_rtx=None,
-    onnxruntime=None,
-    onnxruntime_gpu=None,
     free_memory_bytes=8_000_000_000,
     total_memory_bytes=8_000_000_000,
 )

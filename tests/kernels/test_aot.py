@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import is_alive, wait_for_pid, wait_until
 
 from edgeattn.errors import BundleError, EdgeattnError, LoweringError, UsageError
 from edgeattn.kernels import aot, compilers, cubin_cache
@@ -294,7 +294,7 @@ def test_time_limit(toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("EDGEATTN_TEST_PID", str(tmp_path / "pid"))
     with pytest.raises(LoweringError, match=r"toy\.hangs .* gave no result in 3 s and was killed"):
         compile_variants([toy(toys, "hangs")], [JETSON], cache=tmp_path, jobs=1, timeout_s=3)
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 @needs_triton
@@ -323,10 +323,7 @@ def test_compilers_end_with_their_parent(toys, tmp_path: Path, how: signal.Signa
         parent.send_signal(how)
         _, stderr = parent.communicate(timeout=20)
     assert (how == signal.SIGKILL) != (b"KeyboardInterrupt" in stderr)
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pid)
+    wait_until(lambda: not is_alive(pid), 10)
     for file in (tmp_path / "cache").glob("*.json"):
         assert cubin_cache.CubinCache(tmp_path / "cache").load(file.stem)
 
@@ -443,19 +440,3 @@ def test_whole_table_for_all_gpus(tmp_path: Path) -> None:
     assert len(manifest.cubins) == expected
     aot.write(manifest, tmp_path / "out", cache=tmp_path / "cache")
     assert read(tmp_path / "out") == manifest
-
-
-def wait_for_pid(path: Path) -> int:
-    deadline = time.monotonic() + 30
-    while not (path.is_file() and path.read_text()):
-        assert time.monotonic() < deadline, "the compiler did not start"
-        time.sleep(0.05)
-    return int(path.read_text())
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
