@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from edgeattn.bundle.bundle import REPORT_JSON, Bundle
+from edgeattn.bundle.bundle import MODEL, REPORT_HTML, REPORT_JSON, WEIGHTS, Bundle
 from edgeattn.errors import UsageError
 from edgeattn.pipeline import export, plan_export
 from edgeattn.recipe import Recipe
@@ -53,11 +54,14 @@ def test_training_pays_a_part_back(
         calibration=novel,
         calibration_windows=4,
         finetune_text=novel,
-        finetune_steps=8,
+        finetune_steps=16,
+        # What a polynomial loses is so little that steps of the default rate overshoot it.
+        finetune_lr=1e-4 if POLYNOMIAL in attention else None,
     )
     transforms = json.loads((bundle / REPORT_JSON).read_text())["transforms"]
     notes = transforms["recovery training"]
     assert notes["learned"]
+    assert notes["divergence_after"] < notes["divergence_before"]
     assert notes["perplexity_after"] < notes["perplexity_before"]
     if SPARSE in attention:  # which shows in decoding alone, and is judged there
         assert notes["perplexity_before"] > 1.01 * notes["perplexity_original"]
@@ -98,6 +102,76 @@ def test_stopped_training_goes_on_and_another_variant_is_refused(
         run(stop=3)  # all steps; the rest of an export is tested elsewhere
     assert [done for stage, done in seen if stage == "recovery training" and done] == [2, 3]
     assert not [done for stage, done in seen if stage == "training routers" and done]
+
+
+Export = Callable[..., tuple[Path, str]]
+
+
+@pytest.fixture
+def exported(stories260k: Path, novel: str, edgeattn: Callable[..., Any], tmp_path: Path) -> Export:
+    """A function from an attention and options to an unproven bundle and what was printed."""
+
+    def run(name: str, attention: str, *options: object) -> tuple[Path, str]:
+        place = tmp_path / name
+        asked = ("--target", "cpu", "--attention", attention, "--no-verify", "-o", place)
+        done = edgeattn("export", stories260k, *asked, *options)
+        assert done.exit_code == 0, done.stderr
+        return place, done.stdout
+
+    return run
+
+
+def test_training_that_harms_is_discarded_and_the_user_told(exported: Export, novel: str) -> None:
+    asked = (POLYNOMIAL, "--calibration", novel, "--calibration-windows", 4)
+    rate = ("--finetune-text", novel, "--finetune-steps", 2, "--finetune-lr", 0.9)
+    plain, _ = exported("plain", *asked)
+    found, printed = exported("trained", *asked, *rate)
+    reason = "the trained weights were discarded, as on text held out the divergence"
+    assert reason in printed
+    assert reason in (found / REPORT_HTML).read_text("utf-8")
+    for file in (MODEL, WEIGHTS):
+        assert (found / file).read_bytes() == (plain / file).read_bytes()
+
+
+def test_nothing_is_trained_where_no_layer_takes_the_variant(exported: Export, novel: str) -> None:
+    place, printed = exported(
+        "bundle",
+        "fft-rope:tolerance=0.000001",
+        *("--calibration", novel, "--calibration-windows", 4),
+        *("--finetune-text", novel, "--finetune-steps", 2),
+    )
+    reason = "skipped, as no layer takes fft-rope:tolerance=1e-06 and so nothing was lost"
+    assert f"recovery training: learned False, verdict {reason}" in printed
+    assert reason in (place / REPORT_HTML).read_text("utf-8")
+    notes = json.loads((place / REPORT_JSON).read_text())["transforms"]
+    assert notes["recovery training"].keys() == {"learned", "verdict"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "option", "file"),
+    [(SPARSE, f"{SPARSE},routers=", "routers"), (POLYNOMIAL, "fft-rope:heads=", "heads")],
+)
+def test_training_has_the_tables_of_a_file_in_its_loop(
+    stories260k: Path,
+    novel: str,
+    edgeattn: Callable[..., Any],
+    tmp_path: Path,
+    variant: str,
+    option: str,
+    file: str,
+) -> None:
+    """Nothing is calibrated, so that no text is needed but the one to learn from."""
+    path = tmp_path / f"{file}.{'json' if file == 'heads' else 'safetensors'}"
+    options = ("--attention", variant, "--text", novel, "--windows", 4, "-o", path)
+    done = edgeattn("calibrate", stories260k, *options)
+    assert done.exit_code == 0, done.stderr
+    asked: dict[str, Any] = {"finetune_text": novel, "finetune_steps": 16, "finetune_lr": 1e-4}
+    recipe = Recipe("cpu", attention=(f"{option}{path}",), **asked)
+    report = export(stories260k, recipe, tmp_path / "bundle")
+    assert report.verification is not None
+    notes = report.transforms["recovery training"]
+    assert notes["learned"]
+    assert 0 < notes["divergence_after"] < notes["divergence_before"]
 
 
 def test_quantisation_alone_is_not_trained() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
 
 from edgeattn.models.attention import RMSNorm
 from edgeattn.models.decoder import DecoderLayer, embed, soften
@@ -114,21 +115,47 @@ class Head:
         found = []
         for rows, ids in zip(hidden, windows, strict=True):
             logits = self.logits(rows[:-1])
-            found.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
+            found.append(cross_entropy(logits, ids[1:]))
         return torch.stack(found)
 
 
-def perplexity(model: Model, windows: Tensor, *, training: bool = False) -> float:
-    """Exp of the mean next-token loss; infinite where it is no number.
+class Prediction:
+    """What a model says comes next in windows of text; kept before the LM head, which is wide.
 
     Args:
         model: any.
         windows: token ids `[N, L]`.
         training: compute attention as in training, see `attend_variant`.
     """
-    hidden = final_hidden(model, windows, training=training)
-    nats = float(Head(model).losses(hidden, windows).mean())
-    return math.exp(min(nats, _HIGHEST_LOSS)) if math.isfinite(nats) else math.inf
+
+    def __init__(self, model: Model, windows: Tensor, *, training: bool = False) -> None:
+        self._windows, self._head = windows, Head(model)
+        self._hidden = final_hidden(model, windows, training=training)
+
+    def perplexity(self) -> float:
+        """Exp of the mean next-token loss; infinite where it is no number."""
+        nats = float(self._head.losses(self._hidden, self._windows).mean())
+        return math.exp(min(nats, _HIGHEST_LOSS)) if math.isfinite(nats) else math.inf
+
+    @torch.inference_mode()
+    def divergence(self, original: Prediction) -> float:
+        """KL(original || this) in nats per token; infinite where it is no number.
+
+        Args:
+            original: of the same windows.
+        """
+        found = []
+        for shall_be, rows in zip(original._hidden, self._hidden, strict=True):
+            wanted = original._head.logits(shall_be[:-1]).log_softmax(-1)
+            is_like = self._head.logits(rows[:-1]).log_softmax(-1)
+            found.append(kl_div(is_like, wanted, reduction="batchmean", log_target=True))
+        nats = float(torch.stack(found).mean())
+        return nats if math.isfinite(nats) else math.inf
+
+
+def perplexity(model: Model, windows: Tensor) -> float:
+    """Exp of the mean next-token loss on token ids `[N, L]`; infinite where it is no number."""
+    return Prediction(model, windows).perplexity()
 
 
 def batches(hidden: Tensor) -> Iterator[Tensor]:

@@ -97,7 +97,9 @@ def without_variant(recipe: Recipe, lowering: Lowering, shape: ModelShape) -> Lo
     """The lowering of a recipe whose attention variant no layer of the model takes."""
     target = parse_target(recipe.target)
     group_query = () if recipe.group_query is None else (recipe.group_query.label,)
-    plain = plan_lowering(replace(recipe, attention=group_query), target)
+    # Training needs something lossy in a recipe, and a lowering knows nothing of it.
+    untrained = replace(recipe, finetune_text=None, finetune_steps=None, finetune_lr=None)
+    plain = plan_lowering(replace(untrained, attention=group_query), target)
     return fit_lowering(replace(plain, dtype=lowering.dtype), shape, target)
 
 

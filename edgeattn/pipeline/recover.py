@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Of the work folder.
 _PART, _TRAINING = "recovery", "training.safetensors"
+# Of the report.
+_NOTES = "recovery training"
 # Fewer windows to train on would be learned by heart.
 _FEWEST_WINDOWS = 16
 _HELD_WINDOWS = 8
@@ -72,11 +74,18 @@ def with_recovery(
     if isinstance(recipe.attention_request, FftRopeRequest | HeadSparseRequest):
         student, _ = with_attention(checkpoint, model, model, recipe, lowering, work, clock)
         if recipe.group_query is None and not student.shape.has_variants:
-            return model, {}  # nothing was lost
+            return model, {_NOTES: _skipped(recipe.attention_request.label)}
     folder.begin()
     file = folder.path / _TRAINING
     trained, notes = _recovered(original, student, windows, recipe, file, made_from, clock)
-    return replace(model, weights=trained.weights), {"recovery training": notes}
+    return replace(model, weights=trained.weights), {_NOTES: notes}
+
+
+def _skipped(variant: str) -> dict[str, Any]:
+    return {
+        "learned": False,
+        "verdict": f"skipped, as no layer takes {variant} and so nothing was lost",
+    }
 
 
 def _made_from(checkpoint: Checkpoint, recipe: Recipe, context: int | None) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def _recovered(
 
     assert recipe.finetune_text is not None
     assert recipe.finetune_steps is not None
-    clock.start("recovery training")
+    clock.start(_NOTES)
     trained, report = recover(
         original,
         student,

@@ -19,7 +19,7 @@ from torch import Tensor
 from edgeattn.calibration.windows import split_windows
 from edgeattn.models.decoder import Decoder
 from edgeattn.models.model import Model, load_decoder
-from edgeattn.models.stream import perplexity
+from edgeattn.models.stream import Prediction
 from edgeattn.transforms.descent import (
     LEARNING_RATE,
     Descent,
@@ -49,8 +49,9 @@ class RecoverReport:
         perplexity_original: of the model before its transform, on windows held out.
         perplexity_before: of the transformed model, on the same windows; where heads are sparse,
             every token behind layer 0 has only those its router chooses.
-        perplexity_after: of the model that was returned.
-        learned: whether that is the trained one; False where the start was no worse.
+        perplexity_after: of the trained model, whether it was returned or not.
+        divergence_before: KL(original || transformed) in nats per token, on the same windows.
+        divergence_after: of the trained model, likewise.
         seconds_per_step: on this machine.
     """
 
@@ -61,12 +62,29 @@ class RecoverReport:
     perplexity_original: float
     perplexity_before: float
     perplexity_after: float
-    learned: bool
+    divergence_before: float
+    divergence_after: float
     seconds_per_step: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether the trained model was returned: it is nearer to the original on unseen text."""
+        return self.divergence_after < self.divergence_before
+
+    @property
+    def verdict(self) -> str:
+        """What became of the trained weights, and why, in one sentence."""
+        done = "kept" if self.learned else "discarded"
+        change = "fell" if self.learned else "did not fall"
+        return (
+            f"the trained weights were {done}, as on text held out the divergence from the "
+            f"original {change}: {self.divergence_before:.4g} nats per token before, "
+            f"{self.divergence_after:.4g} after"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return asdict(self)
+        return {**asdict(self), "learned": self.learned, "verdict": self.verdict}
 
 
 @refusing_a_full_gpu()
@@ -98,7 +116,7 @@ def recover(
         devices: where to compute; both models are spread over several (`spread`).
 
     Returns:
-        The trained model, or `model` where training did no good.
+        The trained model, or `model` where training brought it no nearer to the original.
 
     Raises:
         UsageError: one window only, or a state file of another recipe, or a damaged one.
@@ -112,20 +130,20 @@ def recover(
         _train(descent, original, model, [train[rows] for rows in batches], devices, progress)
     trained = replace(model, weights=TrainedWeights(model.weights, state_file))
     # A head-sparse layer loses something only as it decodes, which is how it is trained.
-    perplexities = [perplexity(m, held, training=True) for m in (original, model, trained)]
-    learned = perplexities[2] < perplexities[1]
+    wanted, before, after = (Prediction(m, held, training=True) for m in (original, model, trained))
     report = RecoverReport(
         steps=steps,
         tokens=batches.numel() * train.shape[1],
         learning_rate=learning_rate,
         losses=tuple(descent.losses),
-        perplexity_original=perplexities[0],
-        perplexity_before=perplexities[1],
-        perplexity_after=min(perplexities[1:]),
-        learned=learned,
+        perplexity_original=wanted.perplexity(),
+        perplexity_before=before.perplexity(),
+        perplexity_after=after.perplexity(),
+        divergence_before=before.divergence(wanted),
+        divergence_after=after.divergence(wanted),
         seconds_per_step=descent.seconds / steps,
     )
-    return trained if learned else model, report
+    return trained if report.learned else model, report
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor
-from wrapped_weights import CountedWeights
+from wrapped_weights import CountedWeights, changed
 
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.decoder import Decoder
-from edgeattn.models.families import parameter_names
+from edgeattn.models.families import FINAL_NORM, parameter_names
 from edgeattn.models.model import Model, load_decoder, load_layer, model_of
 from edgeattn.models.stream import (
     BATCH,
     Head,
+    Prediction,
     batches,
     embed_windows,
     final_hidden,
@@ -130,6 +132,27 @@ def test_losses_are_the_mean_cross_entropies_of_the_next_token(
         likely = logits[row].double().log_softmax(-1)
         losses = [-float(likely[place, token]) for place, token in enumerate(ids[1:])]
         assert float(found[row]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_divergence_is_from_the_original_by_its_definition(llama: Model, windows: Tensor) -> None:
+    """KL(original || other), in fp64; the other way round is another number."""
+    other = changed(llama, lambda name, value: value * 3 if name == FINAL_NORM else value)
+    p, q = (
+        run_whole(whole(found), windows)[0][:, :-1].double().log_softmax(-1)
+        for found in (llama, other)
+    )
+    original = Prediction(llama, windows)
+    found = Prediction(other, windows).divergence(original)
+    wanted, reverse = (float((a.exp() * (a - b)).sum(-1).mean()) for a, b in ((p, q), (q, p)))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert abs(reverse - wanted) > 0.01 * wanted
+    assert original.divergence(original) == 0
+
+
+def test_what_is_no_number_is_infinitely_far(llama: Model, windows: Tensor) -> None:
+    huge = changed(llama, lambda n, v: v * 1e38 if n.endswith("up_proj.weight") else v)
+    found = Prediction(huge, windows)
+    assert found.perplexity() == found.divergence(Prediction(llama, windows)) == math.inf
 
 
 def test_a_layer_changes_the_stream_in_place(llama: Model, windows: Tensor) -> None:

@@ -19,9 +19,10 @@ from wrapped_weights import changed
 from edgeattn.attention import GroupQueryRequest
 from edgeattn.calibration.windows import split_windows
 from edgeattn.errors import RuntimeInputError, UsageError
-from edgeattn.models.families import parameter_names
+from edgeattn.models.families import FINAL_NORM, parameter_names
 from edgeattn.models.hub import open_model
 from edgeattn.models.model import Model, load_decoder, model_of
+from edgeattn.models.stream import Prediction
 from edgeattn.planner.group_query import regrouped_shape
 from edgeattn.transforms import descent as module
 from edgeattn.transforms.descent import rate_share, step_rows
@@ -76,6 +77,15 @@ def test_the_loss_is_paid_down(
     lost = report.perplexity_before - report.perplexity_original
     assert lost > 0
     assert report.perplexity_after - report.perplexity_original < 0.7 * lost
+    held = split_windows(windows)[1]
+    wanted, *judged = (Prediction(m, held) for m in (original, merged, trained))
+    divergences = [found.divergence(wanted) for found in judged]
+    assert [report.divergence_before, report.divergence_after] == divergences
+    assert divergences[1] < 0.7 * divergences[0]
+    assert (
+        f"kept, as on text held out the divergence from the original fell: {divergences[0]:.4g}"
+        in report.verdict
+    )
     assert report.tokens == 12 * 4 * 64
     assert trained.shape == merged.shape
     with safe_open(file, "pt") as held:
@@ -145,7 +155,7 @@ def test_a_damaged_state_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_training_that_does_no_good_is_not_taken(
+def test_training_that_does_no_good_is_discarded_with_the_reason(
     original: Model, windows: Tensor, tmp_path: Path
 ) -> None:
     """Nothing is lost, so that a wild step can only harm."""
@@ -160,7 +170,25 @@ def test_training_that_does_no_good_is_not_taken(
     )
     assert not report.learned
     assert found is original
-    assert report.perplexity_after == report.perplexity_before == report.perplexity_original
+    assert report.perplexity_before == report.perplexity_original < report.perplexity_after
+    assert report.divergence_before == 0 < report.divergence_after
+    assert "discarded" in report.verdict
+    assert report.verdict.endswith(
+        f": 0 nats per token before, {report.divergence_after:.4g} after"
+    )
+
+
+def test_divergence_decides_and_not_perplexity(
+    original: Model, windows: Tensor, tmp_path: Path
+) -> None:
+    """What learns to be as sure of itself as another reads worse, and has learned all the same."""
+    sure = changed(original, lambda name, value: value * 2 if name == FINAL_NORM else value)
+    file = tmp_path / "state"
+    found, report = recover(sure, original, windows, steps=6, state_file=file, made_from=MADE_FROM)
+    assert report.perplexity_after > report.perplexity_before
+    assert report.divergence_after < report.divergence_before
+    assert report.learned
+    assert found is not original
 
 
 def test_a_divergence_that_is_no_number_is_refused(

@@ -108,6 +108,9 @@ def _in_transforms(notes: Mapping[str, Any]) -> Iterator[Fallback]:
     for name, words in notes.items():
         if isinstance(words, str):
             yield Fallback(name.capitalize(), words)
+    training = notes.get("recovery training", {})
+    if not training.get("learned", True):
+        yield Fallback("Recovery training", training["verdict"])
     yield from _exact_heads(notes.get("polynomial heads", {}))
     dense = [
         row["layer"]
