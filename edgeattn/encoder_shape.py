@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from edgeattn.attention import Lion
 from edgeattn.errors import CheckpointError
-from edgeattn.shape import LayerKind, ModelShape, Rope, layer_kind
+from edgeattn.shape import LayerKind, ModelShape, Rope, check_depth, layer_kind
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu-tanh", "relu", "silu"]
@@ -136,8 +136,8 @@ class EncoderShape:
         """Refuses numbers no encoder can have.
 
         Raises:
-            CheckpointError: a count is not positive, heads or patches do not divide, or the task
-                does not fit.
+            CheckpointError: a count is not positive, there are more layers than any model has,
+                heads or patches do not divide, or the task does not fit.
         """
         counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         for field in (*counts, "intermediate_size"):
@@ -145,6 +145,7 @@ class EncoderShape:
         for field, value in asdict(self.input).items():
             if not isinstance(value, bool) and field != "token_types":
                 _check_positive(field, value)
+        check_depth(self.num_layers)
         if self.num_heads % self.num_kv_heads:
             raise _bad(
                 "a number of query heads that KV heads divide",

@@ -11,6 +11,9 @@ from edgeattn.attention import FftRope, LayerAttention, layer_attention
 from edgeattn.errors import CheckpointError
 from edgeattn.recurrent import Recurrent
 
+# Twice the deepest transformer published, DeepNet's 1,000 layers (arXiv:2203.00555).
+MOST_LAYERS = 2_000
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -175,8 +178,8 @@ class ModelShape:
         """Refuses numbers no decoder can have.
 
         Raises:
-            CheckpointError: a count is not positive, heads do not divide, head_dim is odd, or the
-                layers' kinds do not fit.
+            CheckpointError: a count is not positive, there are more than MOST_LAYERS layers, heads
+                do not divide, head_dim is odd, or the layers' kinds do not fit.
         """
         counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         for field in (*counts, "intermediate_size", "vocab_size", "max_context"):
@@ -189,6 +192,7 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise _bad("an even head_dim, which RoPE needs", f"it is {self.head_dim}")
+        check_depth(self.num_layers)
         for field in ("norm_eps", "embedding_scale", "attention_softcap", "logits_softcap"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
@@ -330,6 +334,18 @@ class ModelShape:
         """The inverse of `to_dict`."""
         cycle = tuple(layer_kind(kind) for kind in values["layer_cycle"])
         return cls(**{**values, "layer_cycle": cycle})
+
+
+def check_depth(num_layers: int) -> None:
+    """Refuses more layers than any model has, before something counts up to them.
+
+    A config.json is read also where no weights stand beside it to compare with.
+
+    Raises:
+        CheckpointError: there are more than MOST_LAYERS.
+    """
+    if num_layers > MOST_LAYERS:
+        raise _bad(f"at most {MOST_LAYERS:,} layers", f"there are {num_layers:,}")
 
 
 def layer_kind(values: Mapping[str, Any]) -> LayerKind:
