@@ -135,8 +135,8 @@ class EncoderShape(Layers):
         """Refuses numbers no encoder can have.
 
         Raises:
-            CheckpointError: a count is not positive, heads or patches do not divide, or the task
-                does not fit.
+            CheckpointError: a count is not positive, there are more layers than any model has,
+                heads or patches do not divide, or the task does not fit.
         """
         self._check_layers(_bad)
         for field, value in asdict(self.input).items():

@@ -11,6 +11,9 @@ from edgeattn.attention import FftRope, LayerAttention, layer_attention
 from edgeattn.errors import CheckpointError
 from edgeattn.recurrent import Recurrent
 
+# Twice the deepest transformer published, DeepNet's 1,000 layers (arXiv:2203.00555).
+MOST_LAYERS = 2_000
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -171,13 +174,14 @@ class Layers:
             bad: makes the error of what was expected and what came.
 
         Raises:
-            CheckpointError: a count or norm_eps is not positive, heads do not divide, or the
-                layers' kinds do not fit.
+            CheckpointError: a count or norm_eps is not positive, there are more layers than
+                MOST_LAYERS, heads do not divide, or the layers' kinds do not fit.
         """
         counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         for field in (*counts, "intermediate_size"):
             if getattr(self, field) < 1:
                 raise bad(f"a positive {field}", f"it is {getattr(self, field)}")
+        check_depth(self.num_layers)
         if self.num_heads % self.num_kv_heads:
             raise bad(
                 "a number of query heads that KV heads divide",
@@ -247,8 +251,8 @@ class ModelShape(Layers):
         """Refuses numbers no decoder can have.
 
         Raises:
-            CheckpointError: a count is not positive, heads do not divide, head_dim is odd, or the
-                layers' kinds do not fit.
+            CheckpointError: a count is not positive, there are more than MOST_LAYERS layers, heads
+                do not divide, head_dim is odd, or the layers' kinds do not fit.
         """
         self._check_layers(_bad)
         for field in ("vocab_size", "max_context"):
@@ -363,6 +367,18 @@ class ModelShape(Layers):
         """The inverse of `to_dict`."""
         cycle = tuple(layer_kind(kind) for kind in values["layer_cycle"])
         return cls(**{**values, "layer_cycle": cycle})
+
+
+def check_depth(num_layers: int) -> None:
+    """Refuses more layers than any model has, before something counts up to them.
+
+    A config.json is read also where no weights stand beside it to compare with.
+
+    Raises:
+        CheckpointError: there are more than MOST_LAYERS.
+    """
+    if num_layers > MOST_LAYERS:
+        raise _bad(f"at most {MOST_LAYERS:,} layers", f"there are {num_layers:,}")
 
 
 def layer_kind(values: Mapping[str, Any]) -> LayerKind:

@@ -10,7 +10,7 @@ from typing import Any
 from edgeattn.errors import CheckpointError
 from edgeattn.models.families import FAMILIES, Family, find_family, parameter_names
 from edgeattn.recurrent import PREFIX
-from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling
+from edgeattn.shape import LayerKind, ModelShape, Rope, RopeScaling, check_depth
 
 # Names in configs -> names in ModelShape.
 ACTIVATIONS = {
@@ -47,6 +47,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     hidden = width(config, "hidden_size")
     head_dim = width(config, "head_dim", hidden // max(heads, 1))
     num_layers = integer(config, "num_hidden_layers")
+    check_depth(num_layers)  # lists of the layers' kinds are made that long
     return ModelShape(
         family=family.name,
         num_layers=num_layers,

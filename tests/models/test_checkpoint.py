@@ -153,7 +153,12 @@ def test_a_config_that_cannot_be_read(
         ({"rope_theta": -1}, ("a positive rope_theta", "it is -1")),
         ({"num_hidden_layers": 0}, ("a positive num_layers", "it is 0")),
         ({"num_hidden_layers": -(10**30)}, ("a positive num_layers",)),
-        ({"num_hidden_layers": 10**15}, ("layers", "holds")),
+        ({"num_hidden_layers": 10**15}, ("at most 2,000 layers", "1,000,000,000,000,000")),
+        (
+            {"model_type": "gemma2", "sliding_window_pattern": 10**9, "num_hidden_layers": 10**9},
+            ("at most 2,000 layers",),
+        ),
+        ({"num_hidden_layers": 2000}, ("weights of 2000 layers", "holds")),
         ({"hidden_size": 10**30}, ("an integer up to 2^53 under 'hidden_size'", "is 1000000")),
         ({"hidden_size": -(10**30), "head_dim": None}, ("'hidden_size'", "is -1000000")),
         ({"head_dim": 10**20}, ("an integer up to 2^53 under 'head_dim'", "is 1000000")),

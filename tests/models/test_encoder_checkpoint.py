@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -40,6 +43,7 @@ VIT = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
         ({**BERT, "num_attention_heads": 0}, None, "num_heads"),
         ({**BERT, "num_attention_heads": "four"}, None, "four"),
         ({**BERT, "vocab_size": 0}, None, "vocab_size"),
+        ({**BERT, "num_hidden_layers": 10**9}, None, "at most 2,000 layers"),
         ({**BERT, "num_key_value_heads": 3}, None, "3 KV heads"),
         ({**VIT, "image_size": 30}, None, "whole patches of 8"),
         ({**VIT, "image_size": "large"}, None, "large"),
@@ -55,6 +59,17 @@ def test_what_does_not_fit_is_refused(config: dict[str, Any], task: str | None, 
     with pytest.raises((CheckpointError, UsageError), match=r"expected .*, but .*: ") as caught:
         encoder_shape_from_config(config, task=task)
     assert said in str(caught.value)
+
+
+COUNTS = [key for key, value in BERT.items() if isinstance(value, int)]
+
+
+@settings(deadline=None)
+@given(changed=st.dictionaries(st.sampled_from(COUNTS), st.integers(), min_size=1))
+def test_any_counts_are_an_encoder_or_refused(changed: dict[str, int]) -> None:
+    """Parameters are counted layer by layer, and no weights bound a config.json by itself."""
+    with contextlib.suppress(CheckpointError):
+        assert encoder_shape_from_config({**BERT, **changed}).num_parameters > 0
 
 
 @pytest.mark.parametrize("name", ENCODER_FAMILIES)
@@ -117,6 +132,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     for key, value, said in (
         ("num_hidden_layers", 2, "layer.2"),
         ("num_hidden_layers", 4, "layer.3"),
+        ("num_hidden_layers", 2000, "weights of 2000 layers"),
         ("patch_size", 4, "projection.weight"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
