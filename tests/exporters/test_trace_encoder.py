@@ -10,11 +10,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import numpy as np
 import onnx
 import torch
 from encoders import inputs_of, save_encoder
 
-from edgeattn.devices.registry import parse_target
+from edgeattn.devices.registry import all_targets, parse_target
 from edgeattn.exporters.export import export_graph
 from edgeattn.exporters.stamp import stamp
 from edgeattn.exporters.trace_encoder import trace_encoder
@@ -26,11 +27,15 @@ from edgeattn.planner.lowering import Lowering, plan_lowering
 from edgeattn.recipe import Recipe
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
-def model_and_lowering(path: Path, name: str, target: str) -> tuple[EncoderModel, Lowering]:
+
+def model_and_lowering(
+    path: Path, name: str, target: str, dtype: str | None = "fp32"
+) -> tuple[EncoderModel, Lowering]:
     save_encoder(name, path)
     checkpoint, found = open_encoder(path), parse_target(target)
-    lowering = plan_lowering(Recipe(target, dtype="fp32"), found)
+    lowering = plan_lowering(Recipe(target, dtype=dtype), found)
     lowering = fit_encoder_lowering(lowering, checkpoint.shape, found)
     return encoder_of(checkpoint.shape, checkpoint.weights), lowering
 
@@ -68,6 +73,29 @@ def test_the_graph_gives_what_torch_gives(tmp_path: Path, name: str) -> None:
         inputs["attention_mask"].bool() if expected.dim() == 3 and "input_ids" in inputs else ...
     )
     torch.testing.assert_close(torch.from_numpy(found)[valid], expected[valid], rtol=0, atol=2e-5)
+
+
+# One device of each software stack, whose graphs it fixes.
+STACKS = {
+    found.software.name: f"{found.device.name}@{found.software.name}" for found in all_targets()
+}
+
+
+@pytest.mark.parametrize("target", STACKS.values())
+def test_an_encoder_of_images_is_the_same_function_everywhere(tmp_path: Path, target: str) -> None:
+    """A target's opset and its spelling of attention change the graph and not what it gives."""
+    model, lowering = model_and_lowering(tmp_path, "vit", target, dtype=None)
+    graph = tmp_path / "model.onnx"
+    export_graph(model, lowering, graph, tmp_path / "model.onnx.data")
+    (pixels,) = inputs_of("vit").values()
+    session = open_onnxruntime(graph)
+    fed = pixels.numpy().astype(NUMPY[session.get_inputs()[0].type])
+    (found,) = session.run([model.shape.output], {"pixel_values": fed})
+    dtypes = {"weight_dtype": torch.float32, "compute_dtype": torch.float32}
+    with torch.no_grad():
+        expected = load_encoder(model, **dtypes)(pixels).output
+    error = 2e-5 if lowering.dtype == "fp32" else 1e-2
+    torch.testing.assert_close(torch.from_numpy(found).float(), expected, rtol=0, atol=error)
 
 
 def test_dimensions_have_the_names_clients_know(tmp_path: Path) -> None:
