@@ -98,7 +98,7 @@ def test_the_report_says_how_it_agrees(bundle: Path) -> None:
         ("d", "w4-rtn:group=64,down_proj=w8", "jetson-orin"),
         ("s", "w8a8-spinquant", "jetson-orin"),
         ("d", "w4a16-spinquant:group=64,down_proj=w8", "l4"),
-        ("s", "w4a16-gptq:group=64,down_proj=w8", "l4"),
+        pytest.param("s", "w4a16-gptq:group=64,down_proj=w8", "l4", marks=pytest.mark.slow),
     ],
 )
 def test_it_goes_with_every_scheme_of_encoders(

@@ -56,7 +56,10 @@ def report_of(bundle: Path) -> dict[str, Any]:
         ("none", {}),
         ("w4a16-spinquant:down_proj=w8", {"target": "jetson-orin"}),
         ("w8a8-spinquant", {}),
-        ("w8-rtn", {"attention": (GQA, "head-sparse:density=0.5")}),
+        # `tests/test_compositions.py` has this pair with three schemes at a smaller size.
+        pytest.param(
+            "w8-rtn", {"attention": (GQA, "head-sparse:density=0.5")}, marks=pytest.mark.slow
+        ),
         ("none", {"attention": ("gqa:heads=4", "fft-rope:window=16,tolerance=50%")}),
         ("none", {"attention": ("gqa:kv_heads=8",)}),
     ],

@@ -15,9 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-FILES = sorted(Path(__file__).with_name("interpreted").glob("*.py"))
-
+from interpreted_files import FILES
 
 Done = subprocess.CompletedProcess[str]
 
