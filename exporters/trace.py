@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -83,36 +84,62 @@ def trace_decoder(shape: ModelShape, lowering: Lowering, *, whole: bool = False)
         lowering: opset, dtype and spelling of attention.
         whole: trace every layer instead.
     """
-    kinds = shape.layer_kinds
-    if whole:
-        kinds = tuple(shape.layer_kind(i) for i in range(shape.num_layers))
-    num_layers = len(kinds)
+    kinds = traced_kinds(shape, whole=whole)
     is_static = lowering.kv_cache == "static"
     capacity = lowering.context if is_static else None
     assert capacity is not None or not is_static, "fit_lowering settles it"
     names = _Names(kinds, is_static=is_static)
     with FakeTensorMode(), default_dtype(TORCH_DTYPES[lowering.dtype]), quiet():
         decoder = Decoder(
-            replace(shape, num_layers=num_layers, layer_cycle=kinds),
+            replace(shape, num_layers=len(kinds), layer_cycle=kinds),
             form=lowering.attention,
             last_logits_only=lowering.logits == "last",
         ).eval()
-        program = torch.onnx.export(
+        model = to_onnx(
             _Traced(decoder),
             _example_inputs(decoder, is_static=is_static),
             input_names=names.inputs,
             output_names=names.outputs,
             dynamic_shapes=_dynamic_shapes(kinds, is_static=is_static),
-            opset_version=lowering.opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=translations() if shape.has_variants or is_static else None,
+            opset=lowering.opset,
+            has_own_ops=shape.has_variants or is_static,
         )
-        assert program is not None
-        model = program.model
         _finish(model, names, capacity)
     return Trace(model, tuple(names.hidden), kinds)
+
+
+def traced_kinds(shape: AnyShape, *, whole: bool) -> tuple[LayerKind, ...]:
+    """The kinds of the layers of a trace: each that there is once, or those of every layer."""
+    if whole:
+        return tuple(shape.layer_kind(i) for i in range(shape.num_layers))
+    return shape.layer_kinds
+
+
+def to_onnx(
+    network: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: tuple[Any, ...],
+    opset: int,
+    has_own_ops: bool,
+) -> ir.Model:
+    """The graph of a network as torch's exporter writes it, neither named nor optimised."""
+    program = torch.onnx.export(
+        network,
+        inputs,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_shapes=dynamic_shapes,
+        opset_version=opset,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        custom_translation_table=translations() if has_own_ops else None,
+    )
+    assert program is not None
+    return program.model
 
 
 class _Names:

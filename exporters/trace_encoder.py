@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from edgeattn.encoder_shape import EncoderShape, PatchInput
-from edgeattn.exporters.functions import translations
 from edgeattn.exporters.trace import (
     Trace,
     default_dtype,
@@ -24,6 +23,8 @@ from edgeattn.exporters.trace import (
     forget_inner_shapes,
     name_parameters,
     quiet,
+    to_onnx,
+    traced_kinds,
 )
 from edgeattn.models.encoder import Encoder
 from edgeattn.models.model import TORCH_DTYPES
@@ -59,28 +60,21 @@ def trace_encoder(shape: EncoderShape, lowering: Lowering, *, whole: bool = Fals
         lowering: opset, dtype and spelling of attention.
         whole: trace every layer instead.
     """
-    kinds = shape.layer_kinds
-    if whole:
-        kinds = tuple(shape.layer_kind(i) for i in range(shape.num_layers))
+    kinds = traced_kinds(shape, whole=whole)
     hidden = tuple(f"hidden.{i}" for i in range(len(kinds) + 1))
     dtype = TORCH_DTYPES[lowering.dtype]
     with FakeTensorMode(), default_dtype(dtype), quiet():
         traced = replace(shape, num_layers=len(kinds), layer_cycle=kinds)
         encoder = Encoder(traced, form=lowering.attention).eval()
-        program = torch.onnx.export(
+        model = to_onnx(
             _Traced(encoder),
             _example_inputs(shape, dtype),
             input_names=list(shape.input.names),
             output_names=[shape.output, *hidden],
             dynamic_shapes=_dynamic_shapes(shape),
-            opset_version=lowering.opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=translations() if shape.has_variants else None,
+            opset=lowering.opset,
+            has_own_ops=shape.has_variants,
         )
-        assert program is not None
-        model = program.model
         name_parameters(model, "encoder.")
         optimizer.optimize_ir(model)
     _separate_output(model.graph, shape.output)
