@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
 if TYPE_CHECKING:
     from edgeattn.runtime import Generation, Token
+    from edgeattn.runtime.backend import BackendName
 
 _EPILOG = """\b
 Examples:
   edgeattn run ./bundle -p "It is a truth"
   edgeattn run ./bundle --chat -p "What is a bundle?" -n 200
   edgeattn run ./bundle -p "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+  edgeattn run ./bundle -p "It is a truth" --backend tensorrt
   cat prompt.txt | edgeattn run ./bundle -p - --json
 """
 
@@ -37,6 +39,17 @@ _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 @click.option(
     "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
 )
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    help="onnxruntime, or tensorrt for an engine that edgeattn build made.",
+)
+@click.option(
+    "--engine",
+    type=click.Path(dir_okay=False),
+    help="With --backend tensorrt: which engine.  [the newest that runs here]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.pass_context
 def command(
@@ -52,6 +65,8 @@ def command(
     exact: bool,
     threads: int | None,
     provider: str,
+    backend: str,
+    engine: str | None,
     as_json: bool,
 ) -> None:
     """Continue a prompt with the bundle BUNDLE, token by token.
@@ -61,8 +76,16 @@ def command(
     # not at the top: `edgeattn --help` must not wait for numpy
     from edgeattn.runtime import Session, generate
 
+    session = Session.open(
+        bundle,
+        backend=cast("BackendName", backend),  # an unknown one is refused there
+        threads=threads,
+        exact=exact,
+        provider=provider,
+        engine=engine,
+    )
     generation = generate(
-        Session.open(bundle, threads=threads, exact=exact, provider=provider),
+        session,
         _read_stdin() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

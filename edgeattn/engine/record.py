@@ -269,12 +269,16 @@ def _elsewhere(here: str, name: str, came: str) -> LoweringError:
     )
 
 
-def choose_engine(bundle: Bundle, found: Probe) -> Engine:
-    """The newest engine of a bundle that runs on this machine.
+def choose_engine(bundle: Bundle, found: Probe, named: Path | None = None) -> Engine:
+    """The newest engine of a bundle that runs on this machine, or the one that is named.
 
     Raises:
         EdgeattnError: there is none; where there are some, what is wrong with the newest.
     """
+    if named is not None:
+        engine = read_engine(named)
+        require_runs_here(engine, bundle, found)
+        return engine
     engines = read_engines(bundle)
     if not engines:
         raise BundleError(

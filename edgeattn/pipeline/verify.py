@@ -126,14 +126,10 @@ def _other_backend(option: str, backend: str, came: str) -> UsageError:
 
 def _engine_of(bundle: Bundle, named: Path | None) -> tuple[Engine, Probe]:
     from edgeattn.devices.probe import probe
-    from edgeattn.engine.record import choose_engine, read_engine, require_runs_here
+    from edgeattn.engine.record import choose_engine
 
     found = probe()
-    if named is None:
-        return choose_engine(bundle, found), found
-    engine = read_engine(named)
-    require_runs_here(engine, bundle, found)
-    return engine, found
+    return choose_engine(bundle, found, named), found
 
 
 def _verify_engine(

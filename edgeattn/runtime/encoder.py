@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.encoder_shape import EncoderShape, PatchInput, TokenInput
 from edgeattn.errors import RuntimeInputError
-from edgeattn.runtime.onnxruntime_backend import first_line, open_encoder_graph
+from edgeattn.runtime.backend import (
+    BackendName,
+    BackendOptions,
+    EncoderBackend,
+    open_encoder_backend,
+)
 from edgeattn.runtime.session import check_mask, whole_numbers
 from edgeattn.runtime.text import Text
 
@@ -26,40 +31,37 @@ ROWS = 32
 class EncoderSession:
     """A loaded encoder; open one with `EncoderSession.open`. Safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, session: Any) -> None:
-        self._bundle, self._session = bundle, session
+    def __init__(self, bundle: Bundle, backend: EncoderBackend) -> None:
+        self._bundle, self._backend = bundle, backend
         self._shape = bundle.encoder_shape
         context = bundle.manifest.lowering.get("context")
         self._context = context if isinstance(context, int) else self._shape.max_context
-        self._narrow = {
-            value.name: np.float16
-            for value in session.get_inputs()
-            if value.type == "tensor(float16)"
-        }
 
     @classmethod
     def open(
         cls,
         bundle: Path | str | Bundle,
         *,
+        backend: BackendName = "onnxruntime",
         provider: str = "cpu",
         threads: int | None = None,
         exact: bool = False,
+        engine: Path | str | None = None,
         check_hashes: bool = True,
     ) -> EncoderSession:
         """Loads a bundle; see `edgeattn.runtime.Session.open` for the arguments.
 
         Raises:
-            BundleError: no bundle of an encoder, a damaged one, or one that this ONNX Runtime
-                cannot load.
-            UsageError: an unknown provider, or `threads` below 1.
-            MissingDependencyError: onnxruntime is not installed, or has no such provider.
+            BundleError: no bundle of an encoder; else as of that one.
+            UsageError: likewise.
+            LoweringError: likewise.
+            MissingDependencyError: likewise.
         """
+        options = BackendOptions(backend, provider, threads, exact, engine)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_hashes=check_hashes)
         bundle.require_encoder()
-        session = open_encoder_graph(bundle, provider=provider, threads=threads, exact=exact)
-        return cls(bundle, session)
+        return cls(bundle, open_encoder_backend(bundle, options))
 
     @property
     def bundle(self) -> Bundle:
@@ -133,7 +135,7 @@ class EncoderSession:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if read.token_types:
             feeds["token_type_ids"] = _types(token_type_ids, ids, read.token_types)
-        return self._run(feeds)
+        return self._backend.run(feeds)
 
     def run_images(self, pixel_values: ArrayLike) -> NDArray[np.float32]:
         """Runs the encoder on images: as `run`, the tokens being class token and patches.
@@ -161,8 +163,7 @@ class EncoderSession:
                 came=f"they are {pixels.dtype}" if pixels.dtype.kind != "f" else "some are not",
                 todo="scale and normalise them as the model was trained",
             )
-        dtype = self._narrow.get("pixel_values", np.float32)
-        return self._run({"pixel_values": pixels.astype(dtype)})
+        return self._backend.run({"pixel_values": pixels.astype(np.float32)})
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids and attention mask of texts, `[B, T]` each, padded on the right.
@@ -206,19 +207,6 @@ class EncoderSession:
             ids, mask = self.encode([texts[i] for i in places])
             found[places] = self.run(ids, attention_mask=mask)
         return found
-
-    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        try:
-            (found,) = self._session.run([self._shape.output], dict(feeds))
-        except Exception as error:  # the classes ONNX Runtime raises have no common base
-            shape = next(iter(feeds.values())).shape
-            raise RuntimeInputError(
-                expected="ONNX Runtime to run the model",
-                came=f"inputs of shape {list(shape)} failed: {first_line(error)}",
-                todo="give fewer rows at once or free memory",
-            ) from error
-        output: NDArray[np.float32] = found.astype(np.float32, copy=False)
-        return output
 
     def _too_long(self, length: int) -> RuntimeInputError:
         return RuntimeInputError(

@@ -103,34 +103,52 @@ def open_onnxruntime(
     return session
 
 
-def open_encoder_graph(
-    bundle: Bundle, *, provider: str, threads: int | None, exact: bool
-) -> InferenceSession:
-    """Opens the graph of an encoder's bundle; see `open_onnxruntime` for the arguments.
+class OnnxRuntimeEncoder:
+    """A bundle's encoder in ONNX Runtime; see `open_onnxruntime` for the arguments.
 
     Raises:
         BundleError: ONNX Runtime cannot load or run it.
         UsageError: an unknown provider, or `threads` is no positive number.
         MissingDependencyError: onnxruntime is not installed, or has no such provider.
     """
-    if provider not in PROVIDERS:
-        raise unknown_name("provider", provider, PROVIDERS)
-    _check_graph(bundle, provider)
-    try:
-        session = open_onnxruntime(
-            bundle.model_file, threads=threads, exact=exact, provider=provider
-        )
-    except BundleError as error:
-        raise _cannot_load(bundle, error) from error
-    shape = bundle.encoder_shape
-    inputs = {value.name for value in session.get_inputs()}
-    if inputs != set(shape.input.names) or session.get_outputs()[0].name != shape.output:
-        raise BundleError(
-            expected=f"an encoder that gives {shape.output} in {bundle.model_file}",
-            came=f"the graph reads {', '.join(sorted(inputs))}",
-            todo="export the bundle again",
-        )
-    return session
+
+    def __init__(self, bundle: Bundle, *, provider: str, threads: int | None, exact: bool) -> None:
+        if provider not in PROVIDERS:
+            raise unknown_name("provider", provider, PROVIDERS)
+        _check_graph(bundle, provider)
+        try:
+            self._session = open_onnxruntime(
+                bundle.model_file, threads=threads, exact=exact, provider=provider
+            )
+        except BundleError as error:
+            raise _cannot_load(bundle, error) from error
+        shape, self._output = bundle.encoder_shape, bundle.encoder_shape.output
+        inputs = {value.name: value.type for value in self._session.get_inputs()}
+        if inputs.keys() != set(shape.input.names) or self._first_output() != self._output:
+            raise BundleError(
+                expected=f"an encoder that gives {self._output} in {bundle.model_file}",
+                came=f"the graph reads {', '.join(sorted(inputs))}",
+                todo="export the bundle again",
+            )
+        self._narrow = [name for name, kind in inputs.items() if kind == "tensor(float16)"]
+
+    def _first_output(self) -> str:
+        return str(self._session.get_outputs()[0].name)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See `edgeattn.runtime.backend.EncoderBackend.run`."""
+        read = {n: a.astype(np.float16) if n in self._narrow else a for n, a in feeds.items()}
+        try:
+            (found,) = self._session.run([self._output], read)
+        except Exception as error:  # as in open_onnxruntime
+            shape = next(iter(feeds.values())).shape
+            raise RuntimeInputError(
+                expected="ONNX Runtime to run the model",
+                came=f"inputs of shape {list(shape)} failed: {first_line(error)}",
+                todo="give fewer rows at once or free memory",
+            ) from error
+        output: NDArray[np.float32] = found.astype(np.float32, copy=False)
+        return output
 
 
 # ONNX Runtime's own tensors, or part of a buffer it writes in place.

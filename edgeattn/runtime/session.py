@@ -6,20 +6,18 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeattn.attention import HeadSparseRequest, parse_attention
 from edgeattn.bundle.bundle import CONFIG, GENERATION_CONFIG, Bundle
-from edgeattn.errors import BundleError, RuntimeInputError, unknown_name
-from edgeattn.runtime.onnxruntime_backend import Cache, OnnxRuntimeBackend
+from edgeattn.errors import BundleError, RuntimeInputError
+from edgeattn.runtime.backend import Backend, BackendName, BackendOptions, open_backend
 from edgeattn.runtime.text import Text
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-BACKENDS = ("onnxruntime",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +25,8 @@ class State:
     """What a session remembers of the tokens it has seen: opaque, immutable, reusable.
 
     Running a session returns a new state and leaves the old one as it was, so that several
-    continuations can branch off one prefix.
+    continuations can branch off one prefix. An engine of TensorRT keeps one cache on the GPU and
+    writes it in place: there a state is good for one run, and a second one is refused.
 
     Attributes:
         batch: rows.
@@ -38,7 +37,7 @@ class State:
     # [B, P], 1 at tokens; None where none is padding.
     _mask: NDArray[np.int64] | None = field(repr=False)
     _next: NDArray[np.int64] = field(repr=False)  # [B], position of the next token
-    _cache: Cache = field(repr=False)
+    _cache: Any = field(repr=False)
     length: int
 
     @property
@@ -64,11 +63,11 @@ class Step:
 class Session:
     """A loaded bundle; open one with `Session.open`.
 
-    Safe to share between threads: states are immutable and ONNX Runtime allows concurrent runs
-    (which then compete for the same cores).
+    Safe to share between threads: states are immutable, ONNX Runtime allows concurrent runs (which
+    then compete for the same cores), and with TensorRT threads take turns.
     """
 
-    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
         self._shape = bundle.shape
         context = bundle.manifest.lowering.get("context")
@@ -79,36 +78,39 @@ class Session:
         cls,
         bundle: Path | str | Bundle,
         *,
-        backend: Literal["onnxruntime"] = "onnxruntime",
+        backend: BackendName = "onnxruntime",
         provider: str = "cpu",
         threads: int | None = None,
         exact: bool = False,
+        engine: Path | str | None = None,
         check_hashes: bool = True,
     ) -> Session:
         """Loads a bundle.
 
         Args:
             bundle: its directory, or an opened bundle.
-            backend: "onnxruntime".
-            provider: "cpu"; "cuda" or "tensorrt" with onnxruntime-gpu.
+            backend: "onnxruntime"; "tensorrt" for an engine that `edgeattn build` made.
+            provider: of ONNX Runtime: "cpu"; "cuda" or "tensorrt" with onnxruntime-gpu.
             threads: threads of one operator; None takes every core this process may use.
             exact: multiply int4 weights in fp32. ONNX Runtime by default rounds activations to
                 int8 there, which is faster and has errors up to 0.1.
+            engine: of TensorRT: its file; None for the bundle's newest that runs here.
             check_hashes: read every file and compare with the manifest; sizes are always compared.
 
         Raises:
-            BundleError: no bundle, a damaged one, or one that this ONNX Runtime cannot load.
-            UsageError: an unknown backend or provider, or `threads` below 1.
-            MissingDependencyError: onnxruntime is not installed, or has no such provider.
+            BundleError: no bundle, a damaged one, or one that this ONNX Runtime cannot load; no
+                engine, or one that was changed or belongs to another graph.
+            UsageError: an unknown backend or provider, an option of the other backend, or `threads`
+                below 1.
+            LoweringError: the engine was made for another GPU, processor or TensorRT.
+            MissingDependencyError: onnxruntime is not installed, or has no such provider; no GPU or
+                no TensorRT.
         """
-        if backend not in BACKENDS:
-            raise unknown_name("backend", backend, BACKENDS)
+        options = BackendOptions(backend, provider, threads, exact, engine)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, check_hashes=check_hashes)
         bundle.require_decoder()
-        return cls(
-            bundle, OnnxRuntimeBackend(bundle, provider=provider, threads=threads, exact=exact)
-        )
+        return cls(bundle, open_backend(bundle, options))
 
     @property
     def bundle(self) -> Bundle:
