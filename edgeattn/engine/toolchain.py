@@ -74,7 +74,7 @@ def find_toolchain(arch: str, *, tensorrt: Path | None = None) -> Toolchain:
             todo="name the folder that holds TensorRT's headers",
         )
     return Toolchain(
-        arch, _find_compiler(arch), _find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
+        arch, find_compiler(arch), find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
     )
 
 
@@ -94,7 +94,7 @@ def build_library(toolchain: Toolchain, sources: Path, embedded: Path, folder: P
         BundleError: it does not compile, or needs a newer C library than JetPack's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wrapper = _wrapper(toolchain, folder)
+    wrapper = compiler_script(toolchain.compiler, folder)
     definitions = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_SYSTEM_NAME": "Linux",
@@ -126,10 +126,10 @@ def _generator() -> list[str]:
     return ["-G", "Ninja"] if shutil.which("ninja") else []
 
 
-def _wrapper(toolchain: Toolchain, folder: Path) -> Path:
-    """The compiler as one file, which is all that CMake takes."""
+def compiler_script(compiler: Sequence[str], folder: Path) -> Path:
+    """The compiler as one file in a folder, which is all that CMake takes."""
     script = folder / "compiler"
-    text = f'#!/bin/sh\nexec {shlex.join(toolchain.compiler)} "$@"\n'
+    text = f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n'
     if not script.exists() or script.read_text("utf-8") != text:
         script.write_text(text, "utf-8")
         script.chmod(0o755)
@@ -169,7 +169,12 @@ def _newest_glibc(library: Path) -> tuple[int, int]:
     return max(((int(a), int(b)) for a, b in versions), default=(0, 0))
 
 
-def _find_compiler(arch: str) -> tuple[str, ...]:
+def find_compiler(arch: str) -> tuple[str, ...]:
+    """The command of a C++ compiler for an architecture: the system's, or else ziglang's.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
     names = ["g++"] if arch == platform.machine() else []
     for name in (*names, f"{arch}-linux-gnu-g++"):
         if found := shutil.which(name):
@@ -190,7 +195,12 @@ def _zig(arch: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "ziglang", "c++", "-target", target)
 
 
-def _find_cmake() -> str:
+def find_cmake() -> str:
+    """The command of CMake: the system's, or else the wheel's.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
     if found := shutil.which("cmake"):
         return found
     spec = find_spec("cmake")

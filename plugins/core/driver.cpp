@@ -1,5 +1,5 @@
 #include "core/driver.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 
 #include <dlfcn.h>
 

@@ -1,5 +1,5 @@
 #include "core/fields.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 
 #include <algorithm>
 #include <cstdio>

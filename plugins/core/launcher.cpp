@@ -1,5 +1,5 @@
 #include "core/launcher.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 
 #include <map>
 #include <mutex>

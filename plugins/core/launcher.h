@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/driver.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/kernel.h"
 #include "core/registry.h"
 

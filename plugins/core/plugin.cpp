@@ -1,5 +1,5 @@
 #include "core/plugin.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/log.h"
 #include "core/registry.h"
 

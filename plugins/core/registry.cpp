@@ -1,5 +1,5 @@
 #include "core/registry.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 
 #include <algorithm>
 #include <cstring>

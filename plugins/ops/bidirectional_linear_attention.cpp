@@ -1,6 +1,6 @@
 //! BidirectionalLinearAttention: the states of both directions, then all chunks at once.
 #include "core/creator.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/launcher.h"
 #include "generated/bidirectional_linear_attention.h"
 #include "generated/bidirectional_linear_attention_kernels.h"

@@ -1,6 +1,6 @@
 //! FftRopeAttention: sums over far keys, by segments or FFT, where these are worth it; rows, and how many fell back.
 #include "core/creator.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/launcher.h"
 #include "generated/fft_rope_attention.h"
 #include "generated/fft_rope_attention_kernels.h"

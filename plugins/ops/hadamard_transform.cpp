@@ -1,6 +1,6 @@
 //! HadamardTransform: one kernel that multiplies with both factors.
 #include "core/creator.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/launcher.h"
 #include "generated/hadamard_transform.h"
 #include "generated/hadamard_transform_kernels.h"

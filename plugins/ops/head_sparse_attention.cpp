@@ -1,6 +1,6 @@
 //! HeadSparseAttention: splits of the keys of active heads and their sum, or all heads at once.
 #include "core/creator.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/launcher.h"
 #include "generated/head_sparse_attention.h"
 #include "generated/head_sparse_attention_kernels.h"

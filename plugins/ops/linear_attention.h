@@ -1,7 +1,7 @@
 //! What plugins of linear attention have in common: edgeattn/ops/kernel_widths.py in C++, and their workspace.
 #pragma once
 
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/kernel.h"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 //! RecurrentLinearAttention: a few rows one after the other, or chunks of rows in three kernels.
 #include "core/creator.h"
-#include "core/error.h"
+#include "edgeattn/error.hpp"
 #include "core/launcher.h"
 #include "generated/recurrent_linear_attention.h"
 #include "generated/recurrent_linear_attention_kernels.h"
