@@ -25,6 +25,7 @@ VERBS = {
     "run": "Let a bundle continue a text on this machine.",
     "doctor": "Say whether a model or bundle will work on a target, and what this machine is.",
     "eval": "Measure a bundle's perplexity on a text.",
+    "bench": "Measure how fast a bundle is on this machine, or compare two measurements.",
     "build": "Build a TensorRT engine for a bundle.",
     "plan": "Say what a model costs on a target, and which heads would cost less.",
     "targets": "List the devices edgeattn knows, with every figure's source.",

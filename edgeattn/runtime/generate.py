@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 # A long prompt goes in pieces: a graph that keeps the logits of all positions would otherwise need
 # memory for prompt x vocabulary numbers.
-_PREFILL_PIECE = 512
+PREFILL_PIECE = 512
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class TokenStream(Iterator[Token]):
     def _prefill(self) -> int:
         """Reads the prompt and chooses the first token."""
         started = time.perf_counter()
-        for first in range(0, len(self._prompt_ids), _PREFILL_PIECE):
-            logits = self._run(self._prompt_ids[first : first + _PREFILL_PIECE])
+        for first in range(0, len(self._prompt_ids), PREFILL_PIECE):
+            logits = self._run(self._prompt_ids[first : first + PREFILL_PIECE])
         token_id = self._sampling.pick(logits, 0)
         self._prefill_seconds = time.perf_counter() - started
         return token_id

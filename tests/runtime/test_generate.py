@@ -47,7 +47,7 @@ def test_a_long_prompt_goes_in_pieces(stories, story, monkeypatch):
     whole = generate(stories, story, max_new_tokens=20)
     # the package's attribute of that name is the function
     module = importlib.import_module("edgeattn.runtime.generate")
-    monkeypatch.setattr(module, "_PREFILL_PIECE", 3)
+    monkeypatch.setattr(module, "PREFILL_PIECE", 3)
     assert generate(stories, story, max_new_tokens=20).token_ids == whole.token_ids
 
 
