@@ -26,7 +26,10 @@ _FILE = click.Path(path_type=Path)
 @click.command("bench", epilog=_EPILOG)
 @click.argument("bundle", required=False, metavar="BUNDLE")
 @click.option("--compare", "pair", nargs=2, type=_FILE, metavar="A.json B.json", help="Ratios B/A.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, help="onnxruntime, or tensorrt."
+)
+@click.option("--engine", type=_FILE, help="With --backend tensorrt: which.  [the newest here]")
 @click.option(
     "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
 )
@@ -104,10 +107,11 @@ def _show(record: BenchRecord) -> None:
         table.add_row(one.name, *times, speed, str(one.samples))
     Console().print(table)
     machine, setup = record.machine, record.setup
-    what = machine.gpu if setup.provider != "cpu" else machine.processor or machine.board
+    what = machine.gpu if not setup.on_cpu else machine.processor or machine.board
     click.echo(
         f"measured on {machine.device or 'a device that edgeattn does not know'} "
-        f"({what or machine.arch}) with {setup.backend}, {setup.provider}"
+        f"({what or machine.arch}) with {setup.backend}"
+        + (f", {setup.provider}" if setup.backend == "onnxruntime" else "")
     )
     sizes = {"peak memory": record.peak_memory_bytes, "cache": record.cache_bytes}
     click.echo("; ".join(f"{name} {size_text(size)}" for name, size in sizes.items() if size))

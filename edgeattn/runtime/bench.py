@@ -21,7 +21,13 @@ from edgeattn.devices.probe import Probe, matching_device, probe
 from edgeattn.devices.registry import parse_target
 from edgeattn.devices.sensors import peak_memory, processor_name, read_sensors
 from edgeattn.encoder_shape import TokenInput
-from edgeattn.errors import RuntimeInputError, UsageError, unknown_name
+from edgeattn.errors import RuntimeInputError, UsageError
+from edgeattn.runtime.backend import (
+    BackendName,
+    BackendOptions,
+    open_backend,
+    open_encoder_backend,
+)
 from edgeattn.runtime.bench_record import (
     SCHEMA_VERSION,
     BenchRecord,
@@ -35,7 +41,7 @@ from edgeattn.runtime.bench_record import (
 from edgeattn.runtime.encoder import EncoderSession
 from edgeattn.runtime.generate import PREFILL_PIECE
 from edgeattn.runtime.sampling import Sampling
-from edgeattn.runtime.session import BACKENDS, Session, State
+from edgeattn.runtime.session import Session, State
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,10 +74,11 @@ def bench(
     bundle: Path | str,
     amount: Amount | None = None,
     *,
-    backend: Literal["onnxruntime"] = "onnxruntime",
+    backend: BackendName = "onnxruntime",
     provider: str = CPU,
     threads: int | None = None,
     exact: bool = False,
+    engine: Path | str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> BenchRecord:
@@ -80,27 +87,29 @@ def bench(
     Args:
         bundle: its directory, of a decoder or an encoder.
         amount: how much is measured.
-        backend: see `edgeattn.runtime.Session.open`, as for the next three.
+        backend: see `edgeattn.runtime.Session.open`, as for the next four.
         provider: of ONNX Runtime.
         threads: of one operator.
         exact: multiply int4 weights in fp32.
+        engine: of TensorRT.
         device: what the figures shall be labelled with; None takes what this machine is.
         progress: called with (stage, done, total).
 
     Raises:
         UsageError: an unknown name, or a number below 1.
         RuntimeInputError: this machine is not `device`, or the tokens exceed the context.
-        BundleError: no bundle, a damaged one, or one that does not load.
-        MissingDependencyError: onnxruntime is not installed, or has no such provider.
+        BundleError: no bundle, a damaged one, or one that does not load; or no engine.
+        LoweringError: the engine was made for another GPU, processor or TensorRT.
+        MissingDependencyError: onnxruntime is not installed, or has no such provider; or no GPU.
     """
     amount = amount or Amount()
     _check_amount(amount)
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
-    machine = this_machine(probe(), provider, wanted=device)
+    options = BackendOptions(backend, provider, threads, exact, engine)
+    named = None if engine is None else Path(engine).name
+    setup = Setup(backend=backend, provider=provider, threads=threads, exact=exact, engine=named)
+    machine = this_machine(probe(), on_cpu=setup.on_cpu, wanted=device)
     opened = Bundle.open(bundle)
-    setup = Setup(backend=backend, provider=provider, threads=threads, exact=exact)
-    run = _passes_of(opened, setup, amount)
+    run = _passes_of(opened, options, amount)
     tell = progress or (lambda stage, done, total: None)
     for done in range(amount.warmup):
         tell("warm-up", done, amount.warmup)
@@ -127,12 +136,12 @@ def bench(
     )
 
 
-def this_machine(found: Probe, provider: str, *, wanted: str | None = None) -> Machine:
+def this_machine(found: Probe, *, on_cpu: bool, wanted: str | None = None) -> Machine:
     """The machine that figures are of.
 
     Args:
         found: its facts.
-        provider: what runs the model there; a processor's figures are never a GPU card's.
+        on_cpu: whether its processor runs the model; such figures are never a GPU card's.
         wanted: what it shall be called; None for what it is.
 
     Raises:
@@ -141,7 +150,7 @@ def this_machine(found: Probe, provider: str, *, wanted: str | None = None) -> M
     """
     match = matching_device(found)
     name = match.name if match is not None else None
-    if provider == CPU and (match is None or match.kind != "jetson"):
+    if on_cpu and (match is None or match.kind != "jetson"):
         name = CPU
     if wanted is not None and parse_target(wanted).device.name != name:
         raise RuntimeInputError(
@@ -275,8 +284,9 @@ class _EncoderPasses:
         return (phase("encode", unit, self.quantity.rows, self._seconds),)
 
 
-def _passes_of(bundle: Bundle, setup: Setup, amount: Amount) -> _DecoderPasses | _EncoderPasses:
-    opened = setup.model_dump(exclude={"backend"})
+def _passes_of(
+    bundle: Bundle, options: BackendOptions, amount: Amount
+) -> _DecoderPasses | _EncoderPasses:
     if bundle.is_encoder:
         if amount.new_tokens is not None:
             raise UsageError(
@@ -284,14 +294,14 @@ def _passes_of(bundle: Bundle, setup: Setup, amount: Amount) -> _DecoderPasses |
                 came=f"{bundle.path} holds an encoder",
                 todo="leave out --new-tokens",
             )
-        return _EncoderPasses(EncoderSession.open(bundle, **opened), amount)
+        return _EncoderPasses(EncoderSession(bundle, open_encoder_backend(bundle, options)), amount)
     if amount.rows != 1:
         raise UsageError(
             expected="one row for a decoder, as `generate` runs it",
             came=f"{amount.rows} are asked for",
             todo="leave out --rows",
         )
-    return _DecoderPasses(Session.open(bundle, **opened), amount)
+    return _DecoderPasses(Session(bundle, open_backend(bundle, options)), amount)
 
 
 def _check_amount(amount: Amount) -> None:

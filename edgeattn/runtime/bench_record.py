@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeattn.bundle.whole_file import write_text
 from edgeattn.errors import RuntimeInputError
+from edgeattn.runtime.backend import BackendName
 
 SCHEMA_VERSION: Literal[1] = 1
 # A record is some kilobytes; whatever is larger is something else.
@@ -68,10 +69,16 @@ class Machine(_Record):
 class Setup(_Record):
     """How the bundle was run; see `edgeattn.runtime.Session.open`."""
 
-    backend: str
+    backend: BackendName
     provider: str
     threads: int | None
     exact: bool
+    engine: str | None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor ran it."""
+        return self.backend == "onnxruntime" and self.provider == "cpu"
 
 
 class Quantity(_Record):

@@ -15,9 +15,10 @@ from machines import BARE_MACHINE
 
 from edgeattn.devices.libcuda import GpuFacts
 from edgeattn.errors import EdgeattnError, RuntimeInputError, UsageError
-from edgeattn.runtime import EncoderSession, Session, generate
+from edgeattn.runtime import Session, generate
 from edgeattn.runtime.bench import Amount, bench, phase, this_machine
 from edgeattn.runtime.bench_record import BenchRecord, compare, read_record
+from edgeattn.runtime.onnxruntime_backend import OnnxRuntimeEncoder
 
 ORIN = replace(
     BARE_MACHINE,
@@ -164,13 +165,13 @@ def test_an_encoder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, shapes = encoders(name), []
-    run = EncoderSession._run
+    run = OnnxRuntimeEncoder.run
 
-    def noted(self: EncoderSession, feeds: Any) -> Any:
+    def noted(self: OnnxRuntimeEncoder, feeds: Any) -> Any:
         shapes.append(next(iter(feeds.values())).shape)
         return run(self, feeds)
 
-    monkeypatch.setattr(EncoderSession, "_run", noted)
+    monkeypatch.setattr(OnnxRuntimeEncoder, "run", noted)
     asked = tokens if name == "bert" else None
     record = bench(path, Amount(tokens=asked, rows=3, repeats=4, warmup=2), threads=1)
     (one,) = record.phases
@@ -197,15 +198,15 @@ def test_an_encoder(
     ],
 )
 def test_a_figure_is_called_what_ran_it(found: Any, provider: str, name: str | None) -> None:
-    machine = this_machine(found, provider)
+    machine = this_machine(found, on_cpu=provider == "cpu")
     assert machine.device == name
     assert machine.power_mode == found.power_mode
     if name is not None:
-        assert this_machine(found, provider, wanted=name) == machine
+        assert this_machine(found, on_cpu=provider == "cpu", wanted=name) == machine
     with pytest.raises(RuntimeInputError, match="to run on h100"):
-        this_machine(found, provider, wanted="h100")
+        this_machine(found, on_cpu=provider == "cpu", wanted="h100")
     with pytest.raises(UsageError, match="target"):
-        this_machine(found, provider, wanted="h1000")
+        this_machine(found, on_cpu=provider == "cpu", wanted="h1000")
 
 
 def changed(record: BenchRecord, **parts: dict[str, Any]) -> BenchRecord:

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 
 from encoders import save_encoder
-from fake_engine import device_environment, edgeattn_there, write_engine
+from fake_engine import GPU, device_environment, edgeattn_there, write_engine
 
 from edgeattn.engine.profiles import EncoderProfile, Range
 from edgeattn.errors import UsageError
@@ -132,6 +132,18 @@ def test_run_takes_an_engine_and_says_where_it_does_not(bundle: Path, fake_cuda:
     elsewhere = edgeattn_there(fake_cuda, *words, "--backend", "tensorrt", SM=90)
     assert elsewhere.returncode == 1
     assert "SM 90" in json.loads(elsewhere.stdout)["error"]
+
+
+def test_bench_calls_the_figures_those_of_the_gpu(bundle: Path, fake_cuda: Path) -> None:
+    engine = write_engine(bundle)
+    words = ("bench", bundle, "--tokens", "8", "--new-tokens", "2", "--json", "--repeats", "2")
+    found = edgeattn_there(fake_cuda, *words, "--backend", "tensorrt", "--engine", engine.path)
+    record = json.loads(found.stdout)
+    assert (record["machine"]["device"], record["machine"]["gpu"]) == ("a100", GPU)
+    assert record["setup"]["engine"] == engine.path.name
+    assert {phase["name"] for phase in record["phases"]} == {"prefill", "decode"}
+    plain = json.loads(edgeattn_there(fake_cuda, *words).stdout)
+    assert plain["machine"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("kind", [Session, EncoderSession])
