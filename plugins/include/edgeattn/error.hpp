@@ -1,0 +1,44 @@
+//! How everything in libedgeattn refuses.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#if defined(__GNUC__)
+#define EDGEATTN_API __attribute__((visibility("default")))
+#else
+#define EDGEATTN_API
+#endif
+
+namespace edgeattn
+{
+
+//! Which of Python's errors it is (`edgeattn.errors`); the values are those of edgeattn.h.
+enum class ErrorCode
+{
+    kInternal = 1,     //!< a defect, or no memory
+    kUsage = 2,        //!< UsageError: a setting outside its range
+    kBundle = 3,       //!< BundleError: missing, damaged, or made for something else
+    kRuntimeInput = 4, //!< RuntimeInputError: a tensor that cannot be used
+};
+
+//! A refusal that a user can act on: what was expected, what came, what to do.
+class EDGEATTN_API Error : public std::runtime_error
+{
+public:
+    Error(ErrorCode code, std::string const& expected, std::string const& came, std::string const& todo)
+        : std::runtime_error("expected " + expected + ", but " + came + ": " + todo)
+        , mCode(code)
+    {
+    }
+
+    ErrorCode code() const noexcept
+    {
+        return mCode;
+    }
+
+private:
+    ErrorCode mCode;
+};
+
+} // namespace edgeattn
