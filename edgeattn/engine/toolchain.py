@@ -74,7 +74,7 @@ def find_toolchain(arch: str, *, tensorrt: Path | None = None) -> Toolchain:
             todo="name the folder that holds TensorRT's headers",
         )
     return Toolchain(
-        arch, _find_compiler(arch), _find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
+        arch, find_compiler(arch), find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
     )
 
 
@@ -169,7 +169,12 @@ def _newest_glibc(library: Path) -> tuple[int, int]:
     return max(((int(a), int(b)) for a, b in versions), default=(0, 0))
 
 
-def _find_compiler(arch: str) -> tuple[str, ...]:
+def find_compiler(arch: str) -> tuple[str, ...]:
+    """The command of a C++ compiler for a processor.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
     names = ["g++"] if arch == platform.machine() else []
     for name in (*names, f"{arch}-linux-gnu-g++"):
         if found := shutil.which(name):
@@ -190,7 +195,12 @@ def _zig(arch: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "ziglang", "c++", "-target", target)
 
 
-def _find_cmake() -> str:
+def find_cmake() -> str:
+    """The command of CMake.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     if found := shutil.which("cmake"):
         return found
     spec = find_spec("cmake")

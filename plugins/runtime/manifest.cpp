@@ -11,7 +11,7 @@ namespace
 
 using Json = nlohmann::json;
 
-constexpr int64_t kSchemaVersion = 1;
+constexpr uint64_t kSchemaVersion = 1;
 constexpr int kDeepest = 200; // pydantic's reader stops there
 char const* const kAgain = "export the bundle again";
 
@@ -231,7 +231,8 @@ VerificationRecord verification_record(Json const& value, Place const& place)
 void require_known_schema(Json const& value, std::string const& where)
 {
     auto const found = value.find("schema_version");
-    if (found != value.end() && found->is_number_integer() && *found > kSchemaVersion)
+    // Unsigned is what is not negative; of more than 63 bits it would be, as a signed number.
+    if (found != value.end() && found->is_number_unsigned() && found->get<uint64_t>() > kSchemaVersion)
     {
         throw Error(ErrorCode::kBundle, "a manifest of schema version " + std::to_string(kSchemaVersion) + " or older",
             where + " has version " + found->dump(), "upgrade edgeattn");

@@ -18,7 +18,22 @@ constexpr double kLn2High = 0x1.62e42feep-1;
 constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
 constexpr double kLog2E = 0x1.71547652b82fep+0;
 constexpr double kExpLowest = -708.0; // exp of less is flushed to 0, short of the subnormal numbers
-constexpr int kDegree = 13;           // below 2e-17 of the result for |r| <= ln(2) / 2
+constexpr size_t kDegree = 13;        // below 2e-17 of the result for |r| <= ln(2) / 2
+
+//! 1 / n!, each correctly rounded: up to 13! the factorial is exact in fp64.
+constexpr std::array<double, kDegree + 1> coefficients()
+{
+    std::array<double, kDegree + 1> quotients{1.0};
+    double factorial = 1;
+    for (size_t n = 1; n <= kDegree; ++n)
+    {
+        factorial *= static_cast<double>(n);
+        quotients[n] = 1 / factorial;
+    }
+    return quotients;
+}
+
+constexpr auto kCoefficients = coefficients();
 
 void require(char const* name, char const* allowed, double value, bool fits)
 {
@@ -106,16 +121,6 @@ double exp(double x)
     {
         return 0;
     }
-    static auto const kCoefficients = [] {
-        std::array<double, kDegree + 1> coefficients{};
-        double factorial = 1; // exact in fp64 up to 13!
-        for (int n = 0; n <= kDegree; ++n)
-        {
-            factorial *= std::max(n, 1);
-            coefficients[static_cast<size_t>(n)] = 1 / factorial;
-        }
-        return coefficients;
-    }();
     double const k = std::nearbyint(x * kLog2E); // ties to even
     double const r = (x - k * kLn2High) - k * kLn2Low;
     double y = kCoefficients.back();

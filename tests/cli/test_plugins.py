@@ -421,9 +421,9 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
     with pytest.raises(EdgeattnError, match=r"g\+\+-aarch64-linux-gnu and no ziglang.*ziglang"):
-        toolchain._find_compiler("aarch64")
+        toolchain.find_compiler("aarch64")
     with pytest.raises(EdgeattnError, match=r"CMake.*edgeattn\[plugins\]"):
-        toolchain._find_cmake()
+        toolchain.find_cmake()
 
 
 def test_an_interrupted_copy_leaves_nothing(

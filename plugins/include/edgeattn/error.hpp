@@ -1,6 +1,7 @@
 //! How everything in libedgeattn refuses.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -27,7 +28,7 @@ class EDGEATTN_API Error : public std::runtime_error
 {
 public:
     Error(ErrorCode code, std::string const& expected, std::string const& came, std::string const& todo)
-        : std::runtime_error("expected " + expected + ", but " + came + ": " + todo)
+        : std::runtime_error(whole("expected " + expected + ", but " + came + ": " + todo))
         , mCode(code)
     {
     }
@@ -38,6 +39,13 @@ public:
     }
 
 private:
+    //! what() would end at a zero byte, which a file's name in a manifest can hold.
+    static std::string whole(std::string sentence)
+    {
+        std::replace(sentence.begin(), sentence.end(), '\0', '?');
+        return sentence;
+    }
+
     ErrorCode mCode;
 };
 

@@ -3,6 +3,7 @@
 #include "edgeattn/sampling.hpp"
 #include "sha256.h"
 
+#include <algorithm>
 #include <iostream>
 #include <iterator>
 
@@ -64,6 +65,7 @@ void opens()
         {
             verdict = error.what();
         }
+        std::replace(verdict.begin(), verdict.end(), '\n', ' '); // of a file's name
         std::cout << verdict << std::endl;
     }
 }
