@@ -55,9 +55,12 @@ def configure(sources: Path, build: Path, arch: str, *given: str) -> None:
         folder = Path(spec.submodule_search_locations[0], "include")
         os.environ.setdefault("EDGEATTN_JSON_INCLUDE", str(folder))
     system = [] if arch == platform.machine() else ["-DCMAKE_SYSTEM_NAME=Linux"]
+    chosen = [
+        f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}",
+        f"-DCMAKE_SYSTEM_PROCESSOR={arch}",
+    ]
     done = subprocess.run(
-        [cmake, "-S", sources, "-B", build, *system, *given]
-        + [f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}", f"-DCMAKE_SYSTEM_PROCESSOR={arch}"],
+        [cmake, "-S", sources, "-B", build, *system, *given, *chosen],
         capture_output=True,
         text=True,
         check=False,

@@ -21,7 +21,8 @@ typedef enum edgeattn_code
     EDGEATTN_INTERNAL = 1,     /* a defect, or no memory */
     EDGEATTN_USAGE = 2,        /* a setting outside its range, or a null pointer */
     EDGEATTN_BUNDLE = 3,       /* missing, damaged, or made for something else */
-    EDGEATTN_RUNTIME_INPUT = 4 /* a tensor that cannot be used */
+    EDGEATTN_RUNTIME_INPUT = 4, /* a tensor that cannot be used */
+    EDGEATTN_LOWERING = 5      /* made for another GPU or processor */
 } edgeattn_code;
 
 /* How the next token is chosen, see edgeattn/sampling.hpp. */

@@ -21,6 +21,7 @@ enum class ErrorCode
     kUsage = 2,        //!< UsageError: a setting outside its range
     kBundle = 3,       //!< BundleError: missing, damaged, or made for something else
     kRuntimeInput = 4, //!< RuntimeInputError: a tensor that cannot be used
+    kLowering = 5,     //!< LoweringError: made for another GPU or processor
 };
 
 //! A refusal that a user can act on: what was expected, what came, what to do.

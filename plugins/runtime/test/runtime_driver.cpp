@@ -1,5 +1,5 @@
 //! What the tests drive: each command reads stdin and writes stdout.
-#include "edgeattn/bundle.hpp"
+#include "edgeattn/engine.hpp"
 #include "edgeattn/sampling.hpp"
 #include "sha256.h"
 
@@ -70,6 +70,24 @@ void opens()
     }
 }
 
+//! Lines of engine, bundle, SM and processor, none with a space, to a line each as above.
+void engines()
+{
+    std::string engine, bundle, arch;
+    for (int64_t sm = 0; std::cin >> engine >> bundle >> sm >> arch;)
+    {
+        try
+        {
+            edgeattn::require_runs_here(edgeattn::read_engine(engine), edgeattn::Bundle::open(bundle), sm, arch);
+            std::cout << '\n';
+        }
+        catch (edgeattn::Error const& error)
+        {
+            std::cout << static_cast<int>(error.code()) << ": " << error.what() << '\n';
+        }
+    }
+}
+
 void sha256()
 {
     std::string const text{std::istreambuf_iterator<char>(std::cin), {}};
@@ -88,5 +106,5 @@ void sha256()
 int main(int argc, char** argv)
 {
     std::string const command = argc == 2 ? argv[1] : "";
-    command == "exp" ? exps() : command == "pick" ? picks() : command == "open" ? opens() : sha256();
+    command == "exp" ? exps() : command == "pick" ? picks() : command == "open" ? opens() : command == "engine" ? engines() : sha256();
 }
