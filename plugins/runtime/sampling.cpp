@@ -1,12 +1,10 @@
-//! See edgeattn/sampling.hpp. Every fp64 operation is one IEEE-754 operation: compile without
-//! contraction (-ffp-contract=off), or results differ from those of Python.
+//! Every fp64 operation here is one IEEE-754 operation: this file is compiled with -ffp-contract=off.
 #include "edgeattn/sampling.hpp"
-#include "edgeattn/error.hpp"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
-#include <string>
 #include <vector>
 
 namespace edgeattn
@@ -14,50 +12,72 @@ namespace edgeattn
 namespace
 {
 
-// ln 2 in two parts; the high one ends in 21 zero bits, so that k * ln2High is exact for the
-// |k| <= 1022 that occur (fdlibm's e_exp.c).
-constexpr double ln2High = 0x1.62e42feep-1;
-constexpr double ln2Low = 0x1.a39ef35793c76p-33;
-constexpr double log2E = 0x1.71547652b82fep+0;
-constexpr double lowestExponent = -708; // exp of less is flushed to 0, short of the subnormal numbers
-constexpr int taylorDegree = 13; // below 2e-17 of the result for |r| <= ln(2) / 2
+// ln 2 in two parts; the high one ends in 21 zero bits, so that k * kLn2High is exact for the |k| <= 1022 that
+// occur (fdlibm's e_exp.c).
+constexpr double kLn2High = 0x1.62e42feep-1;
+constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+constexpr double kLog2E = 0x1.71547652b82fep+0;
+constexpr double kExpLowest = -708.0; // exp of less is flushed to 0, short of the subnormal numbers
+constexpr size_t kDegree = 13;        // below 2e-17 of the result for |r| <= ln(2) / 2
 
-void require(bool fits, char const* name, char const* allowed, double value)
+//! 1 / n!, each correctly rounded: up to 13! the factorial is exact in fp64.
+constexpr std::array<double, kDegree + 1> coefficients()
 {
-    if (!fits)
-        throw Error(std::string("a ") + name + " " + allowed, "it is " + std::to_string(value), "correct the value",
-            ErrorCode::usage);
+    std::array<double, kDegree + 1> quotients{1.0};
+    double factorial = 1;
+    for (size_t n = 1; n <= kDegree; ++n)
+    {
+        factorial *= static_cast<double>(n);
+        quotients[n] = 1 / factorial;
+    }
+    return quotients;
 }
 
-void checkLogits(float const* logits, std::size_t vocabulary)
+constexpr auto kCoefficients = coefficients();
+
+void require(char const* name, char const* allowed, double value, bool fits)
 {
-    if (logits == nullptr || vocabulary == 0)
-        throw Error("logits of at least one token", "there are none", "pass those of the last position");
-    bool anyFinite = false;
-    for (std::size_t id = 0; id < vocabulary; ++id)
+    if (!fits)
     {
-        if (std::isnan(logits[id]) || logits[id] == HUGE_VALF)
-            throw Error("finite logits", "that of token " + std::to_string(id) + " is " + std::to_string(logits[id]),
-                "run the tokens again; if it stays, report this bundle");
-        anyFinite = anyFinite || std::isfinite(logits[id]);
+        throw Error(ErrorCode::kUsage, std::string("a ") + name + " " + allowed, "it is " + std::to_string(value),
+            "correct the value");
     }
-    if (!anyFinite)
-        throw Error("a finite logit", "all are -inf", "run the tokens again; if it stays, report this bundle");
+}
+
+//! The largest logit, of equal ones the smallest id.
+//! \throws Error kRuntimeInput: no token can be chosen from these.
+size_t largest(float const* logits, size_t vocabulary)
+{
+    float const infinity = std::numeric_limits<float>::infinity();
+    auto const bad = std::find_if(logits, logits + vocabulary, [=](float logit) { return !(logit < infinity); });
+    if (bad != logits + vocabulary)
+    {
+        throw Error(ErrorCode::kRuntimeInput, "finite logits",
+            "that of token " + std::to_string(bad - logits) + " is " + (std::isnan(*bad) ? "NaN" : "+inf"),
+            "verify the bundle with edgeattn verify");
+    }
+    auto const best = std::max_element(logits, logits + vocabulary);
+    if (best == logits + vocabulary || *best == -infinity)
+    {
+        throw Error(ErrorCode::kRuntimeInput, "logits of which one is finite", "none is",
+            "pass the logits of one position, one per token of the vocabulary");
+    }
+    return static_cast<size_t>(best - logits);
 }
 
 //! The first `count` ids by (-logit, id).
-std::vector<std::size_t> ordered(float const* logits, std::size_t vocabulary, std::size_t count)
+std::vector<size_t> ordered(float const* logits, size_t vocabulary, size_t count)
 {
-    std::vector<std::size_t> ids(vocabulary);
-    std::iota(ids.begin(), ids.end(), std::size_t{0});
-    auto before
-        = [logits](std::size_t a, std::size_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
-    if (count < vocabulary)
+    std::vector<size_t> ids(vocabulary);
+    std::iota(ids.begin(), ids.end(), size_t{0});
+    auto const before = [=](size_t a, size_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
+    auto const end = ids.begin() + static_cast<std::ptrdiff_t>(count);
+    if (end != ids.end())
     {
-        std::nth_element(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(count), ids.end(), before);
-        ids.resize(count);
+        std::nth_element(ids.begin(), end, ids.end(), before);
     }
-    std::sort(ids.begin(), ids.end(), before);
+    std::sort(ids.begin(), end, before);
+    ids.resize(count);
     return ids;
 }
 
@@ -65,68 +85,70 @@ std::vector<std::size_t> ordered(float const* logits, std::size_t vocabulary, st
 
 void Sampling::check() const
 {
-    require(temperature >= 0 && std::isfinite(temperature), "temperature", "0 or more", temperature);
-    require(top_p > 0 && top_p <= 1, "top-p", "above 0 and at most 1", top_p);
+    require("temperature", "0 or more", temperature, temperature >= 0 && std::isfinite(temperature));
+    require("top-k", "0 (all) or more", static_cast<double>(top_k), top_k >= 0);
+    require("top-p", "above 0 and at most 1", top_p, top_p > 0 && top_p <= 1);
 }
 
-std::int64_t Sampling::pick(float const* logits, std::size_t vocabulary, std::uint64_t index) const
+int64_t Sampling::pick(float const* logits, size_t vocabulary, uint64_t index) const
 {
     check();
-    checkLogits(logits, vocabulary);
+    size_t const best = largest(logits, vocabulary);
     if (temperature == 0)
-        return std::max_element(logits, logits + vocabulary) - logits;
-    auto const ids = ordered(logits, vocabulary, top_k == 0 ? vocabulary : std::min(top_k, vocabulary));
-    double const first = static_cast<double>(logits[ids[0]]);
+    {
+        return static_cast<int64_t>(best);
+    }
+    bool const all = top_k == 0 || static_cast<uint64_t>(top_k) >= vocabulary;
+    auto const ids = ordered(logits, vocabulary, all ? vocabulary : static_cast<size_t>(top_k));
     std::vector<double> cumulated;
     cumulated.reserve(ids.size());
     double sum = 0;
-    for (std::size_t id : ids)
-        cumulated.push_back(sum += exponential((static_cast<double>(logits[id]) - first) / temperature));
-    auto const kept = std::min(
-        std::lower_bound(cumulated.begin(), cumulated.end(), top_p * cumulated.back()) + 1, cumulated.end());
-    double const draw = uniform(seed, index) * kept[-1];
-    auto const chosen = std::min(std::upper_bound(cumulated.begin(), kept, draw), kept - 1);
-    return static_cast<std::int64_t>(ids[static_cast<std::size_t>(chosen - cumulated.begin())]);
+    for (size_t id : ids)
+    {
+        sum += exp((static_cast<double>(logits[id]) - static_cast<double>(logits[best])) / temperature);
+        cumulated.push_back(sum);
+    }
+    auto const target = std::lower_bound(cumulated.begin(), cumulated.end(), top_p * sum);
+    auto const last = std::min(target, cumulated.end() - 1);
+    double const draw = uniform(seed, index) * *last;
+    auto const chosen = std::upper_bound(cumulated.begin(), last, draw); // rounding may leave none: the last
+    return static_cast<int64_t>(ids[static_cast<size_t>(chosen - cumulated.begin())]);
 }
 
-double exponential(double x) noexcept
+double exp(double x)
 {
-    if (x < lowestExponent)
-        return 0;
-    double const k = std::nearbyint(x * log2E); // ties to even
-    double const r = (x - k * ln2High) - k * ln2Low;
-    double factorials[taylorDegree + 1] = {1}; // exact in fp64
-    for (int n = 1; n <= taylorDegree; ++n)
-        factorials[n] = factorials[n - 1] * n;
-    double y = 1 / factorials[taylorDegree];
-    for (int n = taylorDegree - 1; n >= 0; --n)
+    if (x < kExpLowest)
     {
-        y *= r;
-        y += 1 / factorials[n];
+        return 0;
+    }
+    double const k = std::nearbyint(x * kLog2E); // ties to even
+    double const r = (x - k * kLn2High) - k * kLn2Low;
+    double y = kCoefficients.back();
+    for (size_t n = kDegree; n-- > 0;)
+    {
+        y = y * r + kCoefficients[n];
     }
     return std::ldexp(y, static_cast<int>(k));
 }
 
-double uniform(std::uint64_t seed, std::uint64_t index) noexcept
+double uniform(uint64_t seed, uint64_t index)
 {
-    auto const low = [](std::uint64_t x) { return static_cast<std::uint32_t>(x); };
+    auto const low = [](uint64_t x) { return static_cast<uint32_t>(x); };
     auto const words = philox({low(index), low(index >> 32), 0, 0}, {low(seed), low(seed >> 32)});
     return ((words[0] >> 5) * 67108864.0 + (words[1] >> 6)) / 9007199254740992.0;
 }
 
-std::array<std::uint32_t, 4> philox(
-    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> k)
 {
-    auto const high = [](std::uint64_t product) { return static_cast<std::uint32_t>(product >> 32); };
     for (int round = 0; round < 10; ++round)
     {
-        std::uint64_t const a = std::uint64_t{0xD2511F53} * counter[0], b = std::uint64_t{0xCD9E8D57} * counter[2];
-        counter = {high(b) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b), high(a) ^ counter[3] ^ key[1],
-            static_cast<std::uint32_t>(a)};
-        key[0] += 0x9E3779B9;
-        key[1] += 0xBB67AE85;
+        uint64_t const p0 = uint64_t{c[0]} * 0xD2511F53U;
+        uint64_t const p1 = uint64_t{c[2]} * 0xCD9E8D57U;
+        c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(p1),
+            static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(p0)};
+        k = {k[0] + 0x9E3779B9U, k[1] + 0xBB67AE85U};
     }
-    return counter;
+    return c;
 }
 
 } // namespace edgeattn

@@ -1,117 +1,165 @@
-"""The C++ library picks the tokens that Python picks, on this machine and on an emulated Jetson."""
+"""C++ picks what Python picks; exp, SHA-256 and the refusals are the same."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import itertools
 import json
-import math
-import re
+import struct
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from edgeattn import __version__
 from edgeattn.errors import UsageError
-from edgeattn.runtime.sampling import Sampling, exp, philox, uniform
+from edgeattn.runtime.sampling import Sampling, exp
 
 VECTORS = Path(__file__).parents[1] / "runtime" / "sampling_vectors.json"
+SEEDS = (*range(48), 2**32 + 1, 2**64 - 1)
+SETTINGS = (
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1e-300},
+    {"temperature": 0.9, "top_k": 1000, "top_p": 0.95},
+)
+STEPS = 8
 
 
-@pytest.fixture(params=["application", "sanitized", "emulated"])
-def built(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
+def made_logits() -> dict[str, NDArray[np.float32]]:
+    random = np.random.default_rng(7)
+    normal = random.standard_normal(300).astype(np.float32) * 3
+    masked = np.where(random.random(300) < 0.5, -np.inf, normal).astype(np.float32)
+    zeros = np.where(random.random(64) < 0.5, -0.0, 0.0).astype(np.float32)
+    return {
+        "normal": normal,
+        "ties": np.round(normal).astype(np.float32),
+        "zeros of both signs": zeros,
+        "masked": masked,
+        "vocabulary of 1": np.array([-4.5], np.float32),
+        "subnormal": np.array([1e-40, -1e-40, 0, 1e-40], np.float32),
+        "vocabulary of 50000": random.standard_normal(50_000).astype(np.float32),
+    }
 
 
-def logits_line(logits: Any) -> str:
-    return " ".join(["logits", *(float(x).hex() for x in logits)])
+def case(sampling: Sampling, logits: NDArray[np.float32], steps: int) -> bytes:
+    temperature, top_k, top_p, seed = astuple(sampling)
+    head = struct.pack("<ddqQQQ", temperature, top_p, top_k, seed, steps, len(logits))
+    return head + logits.tobytes()
 
 
-def made_logits(vocabulary: int, seed: int) -> list[float]:
-    """See tests/runtime/test_sampling.py."""
-    words = (philox((i, 0, 0, 1), (seed, 0))[0] for i in range(vocabulary))
-    return [(word >> 16) / 4096 - 8 for word in words]
+@pytest.mark.parametrize("name", made_logits())
+def test_the_tokens_of_both_languages_are_the_same(runtime: Any, name: str) -> None:
+    logits = made_logits()[name]
+    samplings = [Sampling(seed=seed, **s) for s, seed in itertools.product(SETTINGS, SEEDS)]
+    steps = 1 if len(logits) > 1000 else STEPS  # Python needs a while for these
+    given = b"".join(case(sampling, logits, steps) for sampling in samplings)
+    picked = [
+        [int(token) for token in line.split()]
+        for line in runtime.drive("pick", given).decode().splitlines()
+    ]
+    assert picked == [[s.pick(logits, i) for i in range(steps)] for s in samplings]
+    if name == "normal":  # what always gives the largest would not pass
+        assert len({tuple(tokens) for tokens in picked}) > len(SEEDS)
 
 
-def test_the_committed_vectors(built: Any) -> None:
-    vectors, lines, expected = json.loads(VECTORS.read_text()), [], []
-    for x, y in vectors["exp"]:
-        lines.append(f"exp {x}")
-        expected.append(float.fromhex(y))
-    for seed, index, u in vectors["uniform"]:
-        lines.append(f"uniform {seed} {index}")
-        expected.append(float.fromhex(u))
-    for case in vectors["picks"]:
-        logits = case.get("logits") or made_logits(case["vocabulary"], case["made_seed"])
-        lines.append(logits_line(logits))
-        setting = f"{case['temperature'].hex()} {case['top_k']} {case['top_p'].hex()}"
-        lines += [f"pick {setting} {seed} {seed % 7}" for seed in range(50)]
-        expected += case["ids"]
-    answers = built.run("consumer", lines=lines)
-    assert [float.fromhex(a) if "x" in a else int(a) for a in answers] == expected
+def test_exp_has_the_same_bits(runtime: Any) -> None:
+    random = np.random.default_rng(3)
+    x = np.concatenate(
+        [
+            -random.random(60_000) * 720,
+            -(2.0 ** (-random.random(40_000) * 60)),
+            -np.arange(1100) * np.log(2) / 2,
+            [0.0, -0.0, -708.0, np.nextafter(-708.0, -800.0), -np.inf, -5e-324],
+        ]
+    )
+    given = x.astype("<f8").tobytes()
+    assert runtime.drive("exp", given) == exp(x).astype("<f8").tobytes()
 
 
-def test_what_python_computes_now(built: Any) -> None:
-    rng = np.random.default_rng(3)
-    x = -rng.exponential(60, 4000)
-    lines = [f"exp {value.hex()}" for value in x.tolist()]
-    expected: list[float] = exp(x).tolist()
-    picks = []
-    for vocabulary in (1, 2, 49152):
-        logits = (rng.standard_normal(vocabulary) * 4).astype(np.float32)
-        logits[rng.random(vocabulary) < 0.1] = -np.inf
-        logits[0] = logits[-1] = 1.0
-        lines.append(logits_line(logits))
-        for seed in range(50):
-            drawn = rng.integers(0, 2**63), rng.integers(0, 2**40)
-            sampling = Sampling(0.3 + seed / 20, int(rng.integers(0, 60)), 0.9, int(drawn[0]))
-            picks.append(sampling.pick(logits, int(drawn[1])))
-            told = f"{sampling.temperature.hex()} {sampling.top_k} {sampling.top_p.hex()}"
-            lines.append(f"pick {told} {drawn[0]} {drawn[1]}")
-    answers = built.run("consumer", lines=lines)
-    assert [float.fromhex(a) for a in answers[: len(x)]] == expected
-    assert [int(a) for a in answers[len(x) :]] == picks
-    assert uniform(5, 6) == float.fromhex(built.run("consumer", lines=["uniform 5 6"])[0])
+def test_exp_of_the_committed_vectors(runtime: Any) -> None:
+    pairs = [
+        [float.fromhex(text) for text in pair] for pair in json.loads(VECTORS.read_text())["exp"]
+    ]
+    x, y = np.array(pairs).T
+    assert runtime.drive("exp", x.tobytes()) == y.tobytes()
 
 
 @pytest.mark.parametrize(
-    ("logits", "setting", "code", "words"),
+    ("logits", "came"),
     [
-        ([1.0, 2.0], "-0.5 0 1.0", 1, "a temperature 0 or more, but it is -0.5"),
-        ([1.0, 2.0], "nan 0 1.0", 1, "a temperature 0 or more"),
-        ([1.0, 2.0], "inf 0 1.0", 1, "a temperature 0 or more"),
-        ([1.0, 2.0], "1 0 0", 1, "a top-p above 0 and at most 1"),
-        ([1.0, 2.0], "1 0 1.5", 1, "a top-p above 0 and at most 1"),
-        ([1.0, math.nan], "0 0 1", 2, "finite logits, but that of token 1 is"),
-        ([math.inf, 1.0], "1 0 1", 2, "finite logits, but that of token 0 is inf"),
-        ([-math.inf, -math.inf], "1 0 1", 2, "a finite logit, but all are -inf"),
-        ([], "1 0 1", 2, "logits of at least one token"),
+        ([1, np.nan, 2], "4: expected finite logits, but that of token 1 is NaN"),
+        ([1, 2, np.inf], "4: expected finite logits, but that of token 2 is +inf"),
+        ([-np.inf, -np.inf], "4: expected logits of which one is finite, but none is"),
+        ([], "4: expected logits of which one is finite, but none is"),
     ],
 )
-def test_refusals(sanitized: Any, logits: Any, setting: str, code: int, words: str) -> None:
-    (answer,) = sanitized.run("consumer", lines=[logits_line(logits), f"pick {setting} 0 0"])
-    assert re.fullmatch(rf"{code} expected .*, but .*: .*", answer)
-    assert words in answer
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_give_no_token_are_refused(
+    runtime: Any, logits: list[float], came: str, temperature: float
+) -> None:
+    given = case(Sampling(temperature), np.array(logits, np.float32), 1)
+    assert runtime.drive("pick", given).decode().startswith(came)
 
 
-@pytest.mark.parametrize("option", [{"temperature": -0.5}, {"top_p": 1.5}])
-def test_python_says_the_same(sanitized: Any, option: dict[str, float]) -> None:
-    with pytest.raises(UsageError) as refused:
-        Sampling(**option)  # type: ignore[arg-type]
-    setting = f"{option.get('temperature', 1.0)} 0 {option.get('top_p', 1.0)}"
-    (answer,) = sanitized.run("consumer", lines=["logits 1", f"pick {setting} 0 0"])
-    said = re.sub(r"(\.\d+?)0+:", r"\1:", answer)  # C++ writes six digits
-    assert said == f"1 {refused.value}"
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (-1.0, 0, 1.0),
+        (np.nan, 0, 1.0),
+        (np.inf, 0, 1.0),
+        (1.0, -1, 1.0),
+        (1.0, 0, 0.0),
+        (1.0, 0, 1.5),
+    ],
+)
+def test_settings_outside_their_range_are_refused_as_in_python(
+    runtime: Any, temperature: float, top_k: int, top_p: float
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Sampling(temperature, top_k, top_p)
+    expected = str(refusal.value).partition(", but")[0]
+    given = struct.pack("<ddqQQQ", temperature, top_p, top_k, 0, 1, 1) + b"\0" * 4
+    assert runtime.drive("pick", given).decode().startswith(f"2: {expected}")
 
 
-def test_the_c_header(sanitized: Any) -> None:
-    assert sanitized.run("plain_c") == ["0 1 ", "1 2"]
-    refused, _ = sanitized.run("plain_c", "-1")
-    assert refused.startswith("1 -1 expected a temperature 0 or more")
+@pytest.mark.parametrize("size", [0, 1, 3, 55, 56, 57, 63, 64, 65, 119, 120, 128, 100_001])
+def test_sha256_is_that_of_hashlib(runtime: Any, size: int) -> None:
+    text = np.random.default_rng(size).bytes(size)
+    assert runtime.drive("sha256", text).decode().split() == [hashlib.sha256(text).hexdigest()] * 2
 
 
-def test_the_package_says_its_version(application: Any) -> None:
-    (config,) = application.installed.rglob("edgeattnConfigVersion.cmake")
-    assert f'set(PACKAGE_VERSION "{__version__}")' in config.read_text()
-    (told,) = application.installed.rglob("edgeattn.pc")
-    assert f"Version: {__version__}" in told.read_text()
+class CSampling(ctypes.Structure):
+    _fields_ = (
+        ("temperature", ctypes.c_double),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+def test_c_functions_return_codes(runtime: Any, tmp_path: Path) -> None:
+    library = ctypes.CDLL(str(runtime.library))
+    library.edgeattn_last_error.restype = ctypes.c_char_p
+    token, bundle = ctypes.c_int64(-1), ctypes.c_void_p()
+    logits = (ctypes.c_float * 3)(1, 2, 0)
+
+    def pick(sampling: CSampling, result: object) -> int:
+        size, index = ctypes.c_size_t(3), ctypes.c_uint64(0)
+        return int(library.edgeattn_pick(ctypes.byref(sampling), logits, size, index, result))
+
+    assert pick(CSampling(0, 0, 1, 0), ctypes.byref(token)) == 0
+    assert token.value == 1
+    assert pick(CSampling(-1, 0, 1, 0), ctypes.byref(token)) == 2
+    assert b"a temperature 0 or more" in library.edgeattn_last_error()
+    assert pick(CSampling(0, 0, 1, 0), None) == 2
+    assert b"null" in library.edgeattn_last_error()
+    path = str(tmp_path / "none").encode()
+    assert library.edgeattn_bundle_open(path, 1, ctypes.byref(bundle)) == 3
+    assert b"nothing is there" in library.edgeattn_last_error()
+    assert bundle.value is None

@@ -19,7 +19,7 @@ from edgeattn.calibration.windows import token_windows
 from edgeattn.errors import UsageError
 from edgeattn.models.checkpoint import open_checkpoint
 from edgeattn.models.model import Model, load_decoder, load_layer, model_of
-from edgeattn.models.stream import embed_windows, perplexity, run_layer, window_inputs
+from edgeattn.models.stream import Prediction, embed_windows, perplexity, run_layer, window_inputs
 from edgeattn.text_file import read_text
 from edgeattn.transforms.head_router import HeadRouter, recall
 from edgeattn.transforms.rotate import hadamard_rotations, rotate
@@ -232,5 +232,5 @@ def test_training_judges_a_sparse_model_as_it_decodes(
 ) -> None:
     sparse, few = sparsify(stories, trained), novel[:2]
     expected = decoding_perplexity(stories, few, by_routers(trained))
-    assert perplexity(sparse, few, training=True) == pytest.approx(expected, rel=1e-4)
+    assert Prediction(sparse, few, training=True).perplexity() == pytest.approx(expected, rel=1e-4)
     assert perplexity(sparse, few) < 0.99 * expected  # whole windows, all heads

@@ -1,37 +1,59 @@
-//! How edgeattn refuses, in every library of it.
+//! How everything of edgeattn in C++ refuses.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+
+#if defined(__GNUC__)
+#define EDGEATTN_API __attribute__((visibility("default")))
+#else
+#define EDGEATTN_API
+#endif
 
 namespace edgeattn
 {
 
-//! What kind of refusal it is; the numbers are those of edgeattn_code in edgeattn.h.
-enum class ErrorCode : int
+//! Which of Python's errors it is (`edgeattn.errors`); the values are those of edgeattn.h.
+enum class ErrorCode
 {
-    usage = 1, //!< an option outside its range
-    input = 2, //!< tokens, logits or sizes that do not fit
-    internal = 3 //!< anything else, for one no memory
+    kInternal = 1,     //!< a defect, or no memory
+    kUsage = 2,        //!< UsageError: a setting outside its range
+    kBundle = 3,       //!< BundleError: missing, damaged, or made for something else
+    kRuntimeInput = 4, //!< RuntimeInputError: a tensor that cannot be used
+    kLowering = 5,     //!< LoweringError: made for another GPU or processor
 };
 
 //! A refusal that a user can act on: what was expected, what came, what to do.
-class Error : public std::runtime_error
+class EDGEATTN_API Error : public std::runtime_error
 {
 public:
-    Error(std::string const& expected, std::string const& came, std::string const& todo,
-        ErrorCode code = ErrorCode::input)
-        : std::runtime_error("expected " + expected + ", but " + came + ": " + todo), code_(code)
+    Error(ErrorCode code, std::string const& expected, std::string const& came, std::string const& todo)
+        : std::runtime_error(whole("expected " + expected + ", but " + came + ": " + todo))
+        , mCode(code)
+    {
+    }
+
+    //! Of the plugin library, of which TensorRT hears the sentence alone.
+    Error(std::string const& expected, std::string const& came, std::string const& todo)
+        : Error(ErrorCode::kLowering, expected, came, todo)
     {
     }
 
     ErrorCode code() const noexcept
     {
-        return code_;
+        return mCode;
     }
 
 private:
-    ErrorCode code_;
+    //! what() would end at a zero byte, which a file's name in a manifest can hold.
+    static std::string whole(std::string sentence)
+    {
+        std::replace(sentence.begin(), sentence.end(), '\0', '?');
+        return sentence;
+    }
+
+    ErrorCode mCode;
 };
 
 } // namespace edgeattn

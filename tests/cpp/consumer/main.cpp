@@ -42,7 +42,7 @@ int main()
             else if (command == "exp")
             {
                 words >> word;
-                std::printf("%a\n", edgeattn::exponential(std::strtod(word.c_str(), nullptr)));
+                std::printf("%a\n", edgeattn::exp(std::strtod(word.c_str(), nullptr)));
             }
             else
             {
