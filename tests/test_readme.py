@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-import click
 import pytest
+from command_lines import calls, dry_run, shell_blocks
 
-from edgeattn.cli import main
-from edgeattn.devices.registry import device_names, parse_target
+from edgeattn.devices.registry import device_names
 from edgeattn.models.families import FAMILIES, Family
 from edgeattn.recipe import Recipe
 
@@ -87,24 +84,14 @@ def test_families_that_differ_are_told_apart(tables: ModuleType) -> None:
     assert len(set(told)) == len(told)
 
 
-def commands(readme: str) -> list[list[str]]:
-    """The words of every line of a shell block that calls edgeattn."""
-    blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
-    lines = (line for block in blocks for line in block.splitlines())
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("edgeattn ")]
-
-
 def test_the_commands_exist(readme: str) -> None:
-    found = commands(readme)
+    found = calls(shell_blocks(readme))
     assert len(found) >= 9
-    for _, verb, *words in found:
-        command = main.get_command(click.Context(main), verb)
-        assert command is not None, verb
-        command.make_parser(click.Context(command)).parse_args(list(words))
-        given = dict(pairwise(words))
-        if "--target" in given:
-            assert parse_target(given["--target"])
-            assert Recipe(given["--target"], quant=given.get("--quant", "none")).scheme
+    for words in found:
+        context = dry_run(words)
+        if "quant" in context.params and context.params.get("target"):
+            given = context.params
+            assert Recipe(given["target"], quant=given["quant"] or "none").scheme
 
 
 def test_the_links_lead_somewhere(readme: str, repository: Path) -> None:

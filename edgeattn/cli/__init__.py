@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from edgeattn import __version__
+from edgeattn.cli.verb import VerbGroup, asked
 from edgeattn.errors import EdgeattnError, unknown_name
 
 # Verb -> one line of help. The modules are imported only when their verb is used, so that
@@ -31,20 +32,17 @@ VERBS = {
     "targets": "List the devices edgeattn knows, with every figure's source.",
     "ops": "List the operators of domain edgeattn, and what each one means.",
     "plugins": "Build the TensorRT plugin library, or say what one holds.",
+    "completion": "Print what makes a shell complete these commands.",
 }
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn export ./SmolLM2-135M --target jetson-orin --quant w4-rtn
   edgeattn verify ./SmolLM2-135M-jetson-orin-agx-64gb-w4-rtn
   edgeattn run ./bundle -p "It is a truth universally acknowledged"
 """
 
 
-_DEBUG = "Show the traceback of an error."
-
-
-class _LazyGroup(click.Group):
+class _LazyGroup(VerbGroup):
     """Loads a verb's module on first use and turns refusals into one sentence and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -54,14 +52,13 @@ class _LazyGroup(click.Group):
         if name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"edgeattn.cli.{name}").command
-        for one in command.commands.values() if isinstance(command, click.Group) else [command]:
-            _add_debug(one)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in VERBS:
+        unknown = bool(args) and not args[0].startswith("-") and args[0] not in VERBS
+        if unknown and not ctx.resilient_parsing:  # a shell that completes wants no refusal
             raise unknown_name("verb", args[0], VERBS)
         return super().resolve_command(ctx, args)
 
@@ -79,7 +76,7 @@ class _LazyGroup(click.Group):
             _show_notes(error)
             _fail(ctx, "interrupted; nothing half-written was left behind", 130)
         except click.UsageError as error:
-            if _asked(ctx, "as_json"):
+            if asked(ctx, "as_json"):
                 click.echo(json.dumps({"error": error.format_message(), "exit_code": 2}))
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -92,25 +89,6 @@ class _LazyGroup(click.Group):
             _fail(ctx, f"{sentence} (run again with --debug and report what it prints)", 1)
 
 
-def _add_debug(command: click.Command) -> None:
-    if any(option.name == "debug" for option in command.params):
-        return
-    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=_DEBUG))
-    for option in command.params:
-        if option.name in ("debug", "as_json"):
-            option.callback, option.is_eager = _remember, True
-
-
-def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
-    """Notes --json and --debug where the boundary finds them when the verb has failed."""
-    ctx.find_root().meta[f"edgeattn.{option.name}"] = value
-    return value
-
-
-def _asked(ctx: click.Context, name: str) -> bool:
-    return bool(ctx.find_root().meta.get(f"edgeattn.{name}"))
-
-
 def _show_notes(error: BaseException) -> None:
     """What an error, or the one it was made from, says besides its sentence."""
     for one in filter(None, (error.__cause__, error)):
@@ -121,9 +99,9 @@ def _show_notes(error: BaseException) -> None:
 def _fail(
     ctx: click.Context, sentence: str, exit_code: int, details: Mapping[str, Any] | None = None
 ) -> NoReturn:
-    if _asked(ctx, "debug"):
+    if asked(ctx, "debug"):
         traceback.print_exc()
-    if _asked(ctx, "as_json"):
+    if asked(ctx, "as_json"):
         content = {"error": sentence, "exit_code": exit_code, **(details or {})}
         click.echo(json.dumps(content, indent=2))
     click.echo(f"edgeattn: {sentence}", err=True)
@@ -131,7 +109,7 @@ def _fail(
 
 
 @click.group(
-    cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=_LazyGroup, examples=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, prog_name="edgeattn")
 def main() -> None:
@@ -142,3 +120,7 @@ def main() -> None:
     # Before torch is loaded: its threads else wait for each other by spinning, which makes a proof
     # four times slower where another process holds a core (measured: 46 s and 11 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+if "_EDGEATTN_COMPLETE" in os.environ:  # a shell asks what could follow
+    importlib.import_module("edgeattn.cli.completion")  # our way with bash, beside click's

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli.names import BACKEND, PROVIDER, TARGET
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.runtime.bench_record import BenchRecord, Comparison, Moment
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn bench ./bundle
   edgeattn bench ./bundle --tokens 512 --new-tokens 128 --repeats 10 -o int4.json
   edgeattn bench ./encoder --tokens 256 --rows 8 --json
@@ -23,25 +25,55 @@ Examples:
 _FILE = click.Path(path_type=Path)
 
 
-@click.command("bench", epilog=_EPILOG)
-@click.argument("bundle", required=False, metavar="BUNDLE")
+@click.command(
+    "bench",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the bundle BUNDLE, or two records",
+    writes="with --output the record, as JSON",
+)
+@click.argument("bundle", required=False, type=click.Path(), metavar="BUNDLE")
 @click.option("--compare", "pair", nargs=2, type=_FILE, metavar="A.json B.json", help="Ratios B/A.")
 @click.option(
-    "--backend", default="onnxruntime", show_default=True, help="onnxruntime, or tensorrt."
+    "--backend",
+    type=BACKEND,
+    metavar="NAME",
+    default="onnxruntime",
+    help="onnxruntime, or tensorrt.",
 )
-@click.option("--engine", type=_FILE, help="With --backend tensorrt: which.  [the newest here]")
 @click.option(
-    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+    "--engine",
+    type=_FILE,
+    metavar="FILE",
+    show_default="the newest here",
+    help="With --backend tensorrt: which.",
 )
-@click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option(
+    "--provider",
+    type=PROVIDER,
+    metavar="NAME",
+    default="cpu",
+    help="Of ONNX Runtime: cpu, cuda or tensorrt.",
+)
+@click.option("--threads", type=int, show_default="all cores", help="Threads of one operator.")
 @click.option("--exact", is_flag=True, help="Quantised weights: fp32 sums, as proven; slower.")
-@click.option("--tokens", type=int, help="Of the prompt or text.  [default: 128, or the context]")
-@click.option("--new-tokens", type=int, help="Decode steps.  [default: 64]")
-@click.option("--rows", default=1, show_default=True, help="Encoders: texts or images at once.")
-@click.option("--repeats", default=5, show_default=True, help="Timed passes.")
-@click.option("--warmup", default=1, show_default=True, help="Passes before, not timed.")
-@click.option("--device", metavar="NAME", help="Refuse unless this machine is that device.")
-@click.option("-o", "--output", type=_FILE, help="Write the record to this JSON file.")
+@click.option(
+    "--tokens",
+    type=int,
+    metavar="TOKENS",
+    show_default="128, or the context",
+    help="Of the prompt or text.",
+)
+@click.option("--new-tokens", type=int, metavar="TOKENS", show_default="64", help="Decode steps.")
+@click.option("--rows", default=1, help="Encoders: texts or images at once.")
+@click.option("--repeats", default=5, help="Timed passes.")
+@click.option("--warmup", default=1, help="Passes before, not timed.")
+@click.option(
+    "--device", type=TARGET, metavar="NAME", help="Refuse unless this machine is that device."
+)
+@click.option(
+    "-o", "--output", type=_FILE, metavar="FILE.json", help="Write the record to this JSON file."
+)
 @click.option("--force", is_flag=True, help="Replace a file that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(

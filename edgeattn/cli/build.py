@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli.names import FLAVOUR, TARGET
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.pipeline.build import Built
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn build ./bundle
   edgeattn build ./bundle --target rtx-4090 --target rtx-5090
   edgeattn build ./bundle --profile batch_size=1:1:4 --profile decode.past_sequence_length=0:64:511
@@ -21,19 +23,29 @@ Examples:
 """
 
 
-@click.command("build", epilog=_EPILOG)
+@click.command(
+    "build",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the bundle BUNDLE",
+    writes="BUNDLE/engines: the engine, and its record as JSON",
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--target",
     "targets",
+    type=TARGET,
     multiple=True,
     metavar="NAME[@SOFTWARE]",
-    help="Build for another GPU that runs the same graph; several make one engine. [the bundle's]",
+    show_default="the bundle's",
+    help="Build for another GPU that runs the same graph; several make one engine.",
 )
 @click.option(
     "--flavour",
+    type=FLAVOUR,
     metavar="NAME",
-    help="tensorrt, on the device; or tensorrt-rtx, on any x86-64 machine.  [the target's]",
+    show_default="the target's",
+    help="tensorrt, on the device; or tensorrt-rtx, on any x86-64 machine.",
 )
 @click.option(
     "--profile",
@@ -44,11 +56,18 @@ Examples:
 )
 @click.option(
     "--timing-cache",
+    metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     help="TensorRT's measurements of kernels: read if there, and written.",
 )
 @click.option("--strip-weights", is_flag=True, help="Put the weights in when it is loaded.")
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Threads of the builder.")
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    show_default="TensorRT's",
+    help="Threads of the builder.",
+)
 @click.option(
     "--on",
     "where",
@@ -58,6 +77,7 @@ Examples:
 @click.option(
     "--on-command",
     metavar="PATH",
+    show_default="edgeattn",
     help="edgeattn on the device, where its shell does not find it.",
 )
 @click.option("--force", is_flag=True, help="Build again what was built already.")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli.names import TARGET, VARIANT
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.attention import FftRopeRequest, HeadSparseRequest
     from edgeattn.pipeline.calibrate_attention import PolynomialReport
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn calibrate ./SmolLM2-135M --attention fft-rope --text emma.txt --length 2048
   edgeattn calibrate model.gguf --attention fft-rope:window=128 --tolerance 10% --text emma.txt \\
       --target jetson-orin --context 8192 -o heads.json
@@ -22,19 +24,50 @@ Examples:
 """
 
 
-@click.command("calibrate", epilog=_EPILOG)
-@click.argument("model")
+@click.command(
+    "calibrate",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the checkpoint MODEL and the text; with --eval-text further texts to judge by",
+    writes="the file of --output, for fft-rope with a heat map beside it",
+)
+@click.argument("model", type=click.Path())
 @click.option(
-    "--attention", required=True, metavar="NAME[:k=v,…]", help="Attention variant; see README."
+    "--attention",
+    type=VARIANT,
+    required=True,
+    metavar="NAME[:k=v,…]",
+    help="Attention variant; see README.",
 )
 @click.option(
     "--text", required=True, metavar="FILE|DIR", type=click.Path(path_type=Path), help="UTF-8 text."
 )
-@click.option("--length", type=int, help="Tokens of a window [fft-rope 2048, head-sparse 512].")
-@click.option("--windows", type=int, help="Stretches of the text [fft-rope 8, head-sparse 64].")
-@click.option("--tolerance", metavar="5%", help="fft-rope: largest error of a head's output.")
-@click.option("--target", metavar="NAME", help="fft-rope: say what it buys there, too.")
-@click.option("--context", type=int, help="fft-rope: tokens this is said for [the model's].")
+@click.option(
+    "--length",
+    type=int,
+    metavar="TOKENS",
+    show_default="fft-rope 2048, head-sparse 512",
+    help="Of a window.",
+)
+@click.option(
+    "--windows", type=int, show_default="fft-rope 8, head-sparse 64", help="Stretches of the text."
+)
+@click.option(
+    "--tolerance",
+    metavar="SHARE",
+    show_default="5%",
+    help="fft-rope: largest relative error of a head's output.",
+)
+@click.option(
+    "--target", type=TARGET, metavar="NAME", help="fft-rope: say what it buys there, too."
+)
+@click.option(
+    "--context",
+    type=int,
+    metavar="TOKENS",
+    show_default="the model's",
+    help="fft-rope: length this is said for.",
+)
 @click.option(
     "--eval-text",
     "eval_texts",
@@ -47,7 +80,8 @@ Examples:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write [MODEL-VARIANT.json or .safetensors].",
+    show_default="MODEL-VARIANT.json or .safetensors, here",
+    help="File to write.",
 )
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace a file that is already there.")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli.names import DTYPE, SCHEME, TARGET, VARIANT
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.pipeline.findings import Diagnosis
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn doctor
   edgeattn doctor ./Llama-3-8B --target jetson-orin-nano --context 4096
   edgeattn doctor HuggingFaceTB/SmolLM2-135M --target jetson-orin-nano --quant w4-rtn
@@ -21,14 +23,49 @@ Examples:
 _MARKS = {"ok": ("ok", "green"), "warning": ("!", "yellow"), "problem": ("x", "red")}
 
 
-@click.command("doctor", epilog=_EPILOG)
-@click.argument("subject", required=False, metavar="[MODEL|BUNDLE]")
-@click.option("--target", metavar="NAME[@SOFTWARE]", help="Where it shall run [this machine].")
-@click.option("--context", type=click.IntRange(min=1), help="Longest sequence in tokens.")
-@click.option("--batch", type=click.IntRange(min=1), help="Most rows at once.")
-@click.option("--quant", metavar="NAME[:k=v,…]", help="Scheme of a MODEL, as for export.")
-@click.option("--dtype", metavar="fp32|fp16|bf16", help="Of a MODEL; default: the target's.")
-@click.option("--attention", multiple=True, metavar="NAME[:k=v,…]", help="Variant of a MODEL.")
+@click.command(
+    "doctor",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="config.json of MODEL, or the bundle BUNDLE; alone, what this machine is",
+    writes="nothing",
+    codes={1: "it will not work, and what would is said; or refused"},
+)
+@click.argument("subject", required=False, type=click.Path(), metavar="[MODEL|BUNDLE]")
+@click.option(
+    "--target",
+    type=TARGET,
+    metavar="NAME[@SOFTWARE]",
+    show_default="this machine",
+    help="Where it shall run.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    show_default="the checkpoint's",
+    help="Longest sequence.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="ROWS",
+    show_default="1",
+    help="Most rows at once.",
+)
+@click.option(
+    "--quant",
+    type=SCHEME,
+    metavar="NAME[:k=v,…]",
+    show_default="none",
+    help="Scheme of a MODEL, as for export.",
+)
+@click.option(
+    "--dtype", type=DTYPE, metavar="fp32|fp16|bf16", show_default="the target's", help="Of a MODEL."
+)
+@click.option(
+    "--attention", type=VARIANT, multiple=True, metavar="NAME[:k=v,…]", help="Variant of a MODEL."
+)
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(

@@ -8,25 +8,44 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli.names import PROVIDER
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.runtime import Evaluation, Session
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn eval ./bundle --text pride_and_prejudice.txt
   edgeattn eval ./bundle --text pride_and_prejudice.txt --windows 4 --length 256 --json
 """
 
 
-@click.command("eval", epilog=_EPILOG)
-@click.argument("bundle", metavar="BUNDLE")
-@click.option("--text", "file", required=True, type=click.Path(path_type=Path), help="UTF-8 text.")
-@click.option("--windows", default=12, show_default=True, help="Stretches of text to read.")
-@click.option("--length", default=512, show_default=True, help="Tokens of each.")
-@click.option("--fast", is_flag=True, help="ONNX Runtime's int8 activations, as `run` uses them.")
-@click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.command(
+    "eval",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the bundle BUNDLE and the text",
+    writes="nothing but what it prints",
+)
+@click.argument("bundle", type=click.Path(), metavar="BUNDLE")
 @click.option(
-    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+    "--text",
+    "file",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text.",
+)
+@click.option("--windows", default=12, help="Stretches of text to read.")
+@click.option("--length", default=512, metavar="TOKENS", help="Of each.")
+@click.option("--fast", is_flag=True, help="ONNX Runtime's int8 activations, as `run` uses them.")
+@click.option("--threads", type=int, show_default="all cores", help="Threads of one operator.")
+@click.option(
+    "--provider",
+    type=PROVIDER,
+    metavar="NAME",
+    default="cpu",
+    help="Of ONNX Runtime: cpu, cuda or tensorrt.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(

@@ -8,17 +8,19 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
+from edgeattn.cli.names import DTYPE, SCHEME, TARGET, VARIANT, one_of
+from edgeattn.cli.verb import Verb
+from edgeattn.encoder_shape import Task
+from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, KV_CACHES, LOGITS
 
 if TYPE_CHECKING:
     from edgeattn.pipeline import ExportPlan, ExportReport
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn export ./SmolLM2-135M --target jetson-orin
   edgeattn export model.gguf --target jetson-orin@jetpack6.2 --quant w4-rtn -o ./bundle
   edgeattn export HuggingFaceTB/SmolLM2-135M@main --target cpu --quant w4-rtn:group=32
@@ -33,53 +35,122 @@ Examples:
 """
 
 
-@click.command("export", epilog=_EPILOG)
-@click.argument("model")
-@click.option("--target", metavar="NAME[@SOFTWARE]", help="Device, see `edgeattn targets`.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.command(
+    "export",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the checkpoint MODEL, and the texts and files its options name",
+    writes="a new directory, the bundle, with its proof in report/index.html; whole or not at all",
+    codes={1: "refused, or the proof failed: no bundle appears"},
+)
+@click.argument("model", type=click.Path())
 @click.option(
-    "--quant", metavar="NAME[:k=v,…]", help="Scheme, such as w4a16-spinquant; see README."
+    "--target", type=TARGET, metavar="NAME[@SOFTWARE]", help="Device, see `edgeattn targets`."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    show_default="MODEL-TARGET-SCHEME, here",
+    help="Bundle to write.",
+)
+@click.option(
+    "--quant",
+    type=SCHEME,
+    metavar="NAME[:k=v,…]",
+    show_default="none",
+    help="Scheme, such as w4a16-spinquant; see README.",
 )
 @click.option(
     "--attention",
+    type=VARIANT,
     multiple=True,
+    show_default="the checkpoint's",
     metavar="NAME[:k=v,…]",
     help="Variant: gqa:kv_heads=K, fft-rope, head-sparse:density=D, recurrent; of an encoder "
     "lion:variant=lit|d|s; see README.",
 )
 @click.option(
     "--task",
+    type=one_of(*get_args(Task)),
     metavar="hidden|embedding|classification",
-    help="Of an encoder: what comes out.  [what the checkpoint was made for]",
+    show_default="what the checkpoint was made for",
+    help="Of an encoder: what comes out.",
 )
-@click.option("--dtype", metavar="fp32|fp16|bf16", help="Default: what the target prefers.")
-@click.option("--context", type=int, help="Longest sequence in tokens.")
-@click.option("--batch", type=int, help="Most rows at once.")
+@click.option(
+    "--dtype",
+    type=DTYPE,
+    metavar="fp32|fp16|bf16",
+    show_default="what the target prefers",
+    help="Of weights and activations that are not quantised.",
+)
+@click.option(
+    "--context",
+    type=int,
+    metavar="TOKENS",
+    show_default="the checkpoint's",
+    help="Longest sequence.",
+)
+@click.option("--batch", type=int, metavar="ROWS", show_default="1", help="Most rows at once.")
 @click.option(
     "--kv-cache",
+    type=one_of(*KV_CACHES),
     metavar="growing|static",
+    show_default="growing",
     help="A static cache has its full size from the start; see README.",
 )
-@click.option("--logits", metavar="all|last", help="Logits of all positions or the last one.")
-@click.option("--calibration", metavar="FILE|DIR", help="Text (or .npy images) to calibrate on.")
+@click.option(
+    "--logits",
+    type=one_of(*LOGITS),
+    metavar="all|last",
+    show_default="all",
+    help="Logits of all positions or the last one.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(),
+    metavar="FILE|DIR",
+    help="Text (or .npy images) to calibrate on.",
+)
 @click.option(
     "--calibration-windows",
     type=int,
-    help=f"Windows of {CALIBRATION_LENGTH} tokens of it [{CALIBRATION_WINDOWS}].",
+    show_default=str(CALIBRATION_WINDOWS),
+    help=f"Windows of {CALIBRATION_LENGTH} tokens of it.",
 )
-@click.option("--rotations", metavar="FILE", help="Rotations that were learned before.")
+@click.option(
+    "--rotations", type=click.Path(), metavar="FILE", help="Rotations that were learned before."
+)
 @click.option(
     "--finetune-text",
+    type=click.Path(),
     metavar="FILE|DIR",
     help="Text, or images (.npy), to train on after any --attention that loses something.",
 )
 @click.option(
     "--finetune-steps", type=int, metavar="N", help="Steps of that training, such as 200."
 )
-@click.option("--finetune-lr", type=float, metavar="RATE", help="Its highest learning rate.")
-@click.option("--eval-text", metavar="FILE", help="Measure the exported graph's quality on it.")
+@click.option(
+    "--finetune-lr",
+    type=float,
+    metavar="RATE",
+    show_default="0.0005",
+    help="Its highest learning rate.",
+)
+@click.option(
+    "--eval-text",
+    type=click.Path(),
+    metavar="FILE",
+    help="Measure the exported graph's quality on it.",
+)
 @click.option("--max-ppl-increase", metavar="10%", help="Refuse a bundle that lost more.")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML; flags win.")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="These options from a file; flags win.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan, sizes and times; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof; the manifest will say so.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")

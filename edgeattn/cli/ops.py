@@ -7,19 +7,27 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli.names import OPERATOR
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.ops.spec import OpSpec, TensorSpec
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn ops
   edgeattn ops RecurrentLinearAttention
   edgeattn ops --json
 """
 
 
-@click.command("ops", epilog=_EPILOG)
-@click.argument("name", required=False)
+@click.command(
+    "ops",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="edgeattn's own operators",
+    writes="nothing but what it prints",
+)
+@click.argument("name", required=False, type=OPERATOR)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(name: str | None, as_json: bool) -> None:
     """List the operators, or what one of them means, takes and gives."""

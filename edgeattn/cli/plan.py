@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli.names import DTYPE, SCHEME, TARGET
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -15,8 +18,7 @@ if TYPE_CHECKING:
     from edgeattn.planner.cost import Heads
     from edgeattn.planner.roofline import Rates
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn plan ./SmolLM2-135M --target jetson-orin --quant w4-rtn --context 8192
   edgeattn plan Qwen/Qwen3-1.7B --target l4 --context 32768 --batch 8 --plot cost.svg
   edgeattn plan ./model --target h100 --context 131072 --loss 2.6 --json
@@ -24,15 +26,36 @@ Examples:
 _LEAST_WIDTH = 76
 
 
-@click.command("plan", epilog=_EPILOG)
-@click.argument("model")
-@click.option("--target", required=True, metavar="NAME[@SOFTWARE]", help="See edgeattn targets.")
-@click.option("--context", type=int, help="Tokens of each row [the model's].")
-@click.option("--batch", type=int, default=1, show_default=True, help="Rows at once.")
-@click.option("--quant", default="none", metavar="NAME[:k=v,…]", help="Scheme; see README.")
-@click.option("--dtype", help="Activations [the target's preferred].")
+@click.command(
+    "plan",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="config.json of MODEL, or a GGUF file's header",
+    writes="nothing, or the plot of --plot",
+)
+@click.argument("model", type=click.Path())
 @click.option(
-    "--loss", type=float, help="Row of the published table [that of a model of this size]."
+    "--target", type=TARGET, required=True, metavar="NAME[@SOFTWARE]", help="See edgeattn targets."
+)
+@click.option(
+    "--context", type=int, metavar="TOKENS", show_default="the model's", help="Of each row."
+)
+@click.option("--batch", type=int, metavar="ROWS", default=1, help="Rows at once.")
+@click.option(
+    "--quant", type=SCHEME, default="none", metavar="NAME[:k=v,…]", help="Scheme; see README."
+)
+@click.option(
+    "--dtype",
+    type=DTYPE,
+    metavar="fp32|fp16|bf16",
+    show_default="what the target prefers",
+    help="Of activations.",
+)
+@click.option(
+    "--loss",
+    type=float,
+    show_default="that of a model of this size",
+    help="Row of the published table, in nats per token.",
 )
 @click.option(
     "--plot",

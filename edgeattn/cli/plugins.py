@@ -9,36 +9,77 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli.names import one_of
+from edgeattn.cli.verb import Verb, VerbGroup
 from edgeattn.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeattn.engine.plugins import PluginLibrary
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """\
   edgeattn plugins build --arch aarch64 -o ./plugins
   edgeattn plugins build --arch x86_64 --sm 80,90 -o ./plugins
+"""
+_INFO_EXAMPLES = """\
   edgeattn plugins info ./plugins/aarch64/libedgeattn_plugins.so
+  edgeattn plugins info ./bundle/plugins/aarch64/libedgeattn_plugins.so --json
 """
 
 
-@click.group("plugins", epilog=_EPILOG)
+@click.group("plugins", cls=VerbGroup, examples=_EXAMPLES + _INFO_EXAMPLES)
 def command() -> None:
     """Build the TensorRT plugin library, or say what one holds."""
 
 
-@command.command("build", epilog=_EPILOG)
-@click.option("--arch", help="x86_64 or aarch64 [this machine's].")
-@click.option("--sm", "sms", help="GPUs as numbers, such as 87,110 [those of all known targets].")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR")
-@click.option("--subset", help="A subset of the table of variants, such as smoke [all].")
+@command.command(
+    "build",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the plugins and kernels of edgeattn itself, and TensorRT's headers",
+    writes="DIR/ARCH/libedgeattn_plugins.so; compiled parts stay in the user's cache",
+)
+@click.option(
+    "--arch",
+    type=one_of("x86_64", "aarch64"),
+    metavar="x86_64|aarch64",
+    show_default="this machine's",
+    help="Processor beside the GPU.",
+)
+@click.option(
+    "--sm",
+    "sms",
+    metavar="SM,…",
+    show_default="those of all known targets",
+    help="GPUs as numbers, such as 87,110.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder to write into.",
+)
+@click.option(
+    "--subset",
+    metavar="NAME",
+    show_default="all",
+    help="A subset of the table of variants, such as smoke.",
+)
 @click.option(
     "--tensorrt",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="DIR",
-    help="TensorRT's headers [EDGEATTN_TENSORRT_INCLUDE, then where JetPack has them].",
+    show_default="EDGEATTN_TENSORRT_INCLUDE, then where JetPack has them",
+    help="TensorRT's headers.",
 )
-@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compilers at a time [processors].")
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    show_default="processors",
+    help="Compilers at a time.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def build(
     arch: str | None,
@@ -69,7 +110,13 @@ def build(
     _show(place_library(library, output), as_json)
 
 
-@command.command("info", epilog=_EPILOG)
+@command.command(
+    "info",
+    cls=Verb,
+    examples=_INFO_EXAMPLES,
+    reads="the library FILE",
+    writes="nothing but what it prints",
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def info(file: Path, as_json: bool) -> None:

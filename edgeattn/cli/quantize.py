@@ -8,22 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli.names import DTYPE, SCHEME
+from edgeattn.cli.verb import Verb
 from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
     from edgeattn.pipeline import QuantizeReport
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn quantize ./SmolLM2-135M --quant w4-rtn:group=32 -o SmolLM2-135M-w4
   edgeattn quantize model.gguf --quant w8-rtn -o model-w8 --dtype fp16
   edgeattn quantize ./model --quant w4a16-spinquant --calibration book.txt -o model-spinquant
 """
 
 
-@click.command("quantize", epilog=_EPILOG)
-@click.argument("model")
-@click.option("--quant", required=True, metavar="NAME[:k=v,…]", help="Scheme; see README.")
+@click.command(
+    "quantize",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the checkpoint MODEL, and a calibration text where the scheme needs one",
+    writes="a new directory that plain transformers loads, with edgeattn.json beside the weights",
+)
+@click.argument("model", type=click.Path())
+@click.option(
+    "--quant", type=SCHEME, required=True, metavar="NAME[:k=v,…]", help="Scheme; see README."
+)
 @click.option(
     "-o",
     "--output",
@@ -33,17 +42,27 @@ Examples:
 )
 @click.option(
     "--dtype",
+    type=DTYPE,
     metavar="fp32|fp16|bf16",
-    help="Of the files [fp32, which holds dequantised weights as they are; the others round them "
-    "once more, as a bundle in that dtype does].",
+    show_default="fp32",
+    help="Of the files: fp32 holds dequantised weights as they are; the others round them once "
+    "more, as a bundle in that dtype does.",
 )
-@click.option("--calibration", metavar="FILE|DIR", help="Text for schemes that are calibrated.")
+@click.option(
+    "--calibration",
+    type=click.Path(),
+    metavar="FILE|DIR",
+    help="Text for schemes that are calibrated.",
+)
 @click.option(
     "--calibration-windows",
     type=int,
-    help=f"Windows of {CALIBRATION_LENGTH} tokens of it [{CALIBRATION_WINDOWS}].",
+    show_default=str(CALIBRATION_WINDOWS),
+    help=f"Windows of {CALIBRATION_LENGTH} tokens of it.",
 )
-@click.option("--rotations", metavar="FILE", help="Learned rotations to use again.")
+@click.option(
+    "--rotations", type=click.Path(), metavar="FILE", help="Learned rotations to use again."
+)
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace an earlier copy that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from edgeattn.cli.names import BACKEND, PROVIDER
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from edgeattn.runtime import Generation, Token
     from edgeattn.runtime.backend import BackendName
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn run ./bundle -p "It is a truth"
   edgeattn run ./bundle --chat -p "What is a bundle?" -n 200
   edgeattn run ./bundle -p "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
@@ -25,30 +27,43 @@ Examples:
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
-@click.command("run", epilog=_EPILOG)
-@click.argument("bundle", metavar="BUNDLE")
+@click.command(
+    "run",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the bundle BUNDLE; with -p - standard input",
+    writes="the text to standard output as it comes",
+)
+@click.argument("bundle", type=click.Path(), metavar="BUNDLE")
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads standard input.")
-@click.option("-n", "--max-new-tokens", default=128, show_default=True, help="Most tokens to add.")
+@click.option("-n", "--max-new-tokens", default=128, metavar="TOKENS", help="Most that are added.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the bundle's chat template.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", default=0, show_default=True, help="Most candidates; 0 is all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Their probability; 1 is all.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
+@click.option("--temperature", default=0.0, help="0 takes the likeliest token.")
+@click.option("--top-k", default=0, help="Most candidates; 0 is all.")
+@click.option("--top-p", default=1.0, help="Their probability; 1 is all.")
+@click.option("--seed", default=0, help="Same seed, same text.")
 @click.option("--exact", is_flag=True, help="Quantised weights: fp32 sums, as proven; slower.")
-@click.option("--threads", type=int, help="Threads of one operator.  [default: all cores]")
+@click.option("--threads", type=int, show_default="all cores", help="Threads of one operator.")
 @click.option(
-    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+    "--provider",
+    type=PROVIDER,
+    metavar="NAME",
+    default="cpu",
+    help="Of ONNX Runtime: cpu, cuda or tensorrt.",
 )
 @click.option(
     "--backend",
+    type=BACKEND,
+    metavar="NAME",
     default="onnxruntime",
-    show_default=True,
     help="onnxruntime, or tensorrt for an engine that edgeattn build made.",
 )
 @click.option(
     "--engine",
     type=click.Path(dir_okay=False),
-    help="With --backend tensorrt: which engine.  [the newest that runs here]",
+    metavar="FILE",
+    show_default="the newest that runs here",
+    help="With --backend tensorrt: which engine.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.pass_context

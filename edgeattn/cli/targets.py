@@ -7,22 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli.names import TARGET
+from edgeattn.cli.verb import Verb
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from edgeattn.devices.registry import Target
     from edgeattn.devices.schema import Device, Software
 
-_EPILOG = """\b
-Examples:
+_EXAMPLES = """
   edgeattn targets
   edgeattn targets jetson-orin@jetpack6.2
   edgeattn targets --json
 """
 
 
-@click.command("targets", epilog=_EPILOG)
-@click.argument("name", required=False, metavar="[NAME[@SOFTWARE]]")
+@click.command(
+    "targets",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the target files of edgeattn itself",
+    writes="nothing but what it prints",
+)
+@click.argument("name", required=False, type=TARGET, metavar="[NAME[@SOFTWARE]]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(name: str | None, as_json: bool) -> None:
     """List the targets, or the facts of one with their sources."""

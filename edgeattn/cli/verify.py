@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
-_EPILOG = """\b
-Examples:
+from edgeattn.cli.names import PROVIDER, one_of
+from edgeattn.cli.verb import Verb
+
+_EXAMPLES = """
   edgeattn verify ./bundle
   edgeattn verify ./bundle --checkpoint ./SmolLM2-135M
   edgeattn verify ./bundle --checkpoint HuggingFaceTB/SmolLM2-135M --offline
@@ -18,10 +20,18 @@ Examples:
 """
 
 
-@click.command("verify", epilog=_EPILOG)
+@click.command(
+    "verify",
+    cls=Verb,
+    examples=_EXAMPLES,
+    reads="the bundle BUNDLE; with --checkpoint the checkpoint, too",
+    writes="nothing",
+    codes={1: "refused, or the proof failed: the first layer out of tolerance is named"},
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
+    type=click.Path(),
     metavar="MODEL",
     help="Compare with torch on this checkpoint (see export) instead of the golden vectors.",
 )
@@ -29,7 +39,9 @@ Examples:
 @click.option("--no-tensorrt", is_flag=True, help="Leave out TensorRT's parser and builder.")
 @click.option(
     "--backend",
+    type=one_of("onnxruntime", "tensorrt", "triton"),
     default="onnxruntime",
+    metavar="NAME",
     help="onnxruntime: the graph; tensorrt: an engine of edgeattn build, on its GPU; "
     "triton: the kernels of its own operators, on a GPU.",
 )
@@ -37,10 +49,15 @@ Examples:
     "--engine",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --backend tensorrt: which engine.  [the newest that runs here]",
+    show_default="the newest that runs here",
+    help="With --backend tensorrt: which engine.",
 )
 @click.option(
-    "--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."
+    "--provider",
+    type=PROVIDER,
+    metavar="NAME",
+    default="cpu",
+    help="Of ONNX Runtime: cpu, cuda or tensorrt.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def command(
