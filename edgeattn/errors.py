@@ -1,4 +1,8 @@
-"""The exception family of edgeattn: each error says what was expected, what came, what to do."""
+"""The exception family of edgeattn: each error says what was expected, what came, what to do.
+
+The second paragraph of a class says what a user does about errors of its kind; the documentation
+shows both.
+"""
 
 from __future__ import annotations
 
@@ -30,37 +34,61 @@ class EdgeattnError(Exception):
 
 
 class UsageError(EdgeattnError):
-    """The command line or recipe names something that does not exist or does not parse."""
+    """The command line or recipe names something that does not exist or does not parse.
+
+    Correct the name or value; the sentence lists near ones, `--help` and `edgeattn targets` all.
+    """
 
     exit_code = 2
 
 
 class CheckpointError(EdgeattnError):
-    """The checkpoint is missing, broken, or of a kind edgeattn does not read."""
+    """The checkpoint is missing, broken, or of a kind edgeattn does not read.
+
+    Pass a whole Hugging Face directory, `.gguf` file or hub id of a family that the README lists.
+    """
 
 
 class LoweringError(EdgeattnError):
-    """The target cannot run what the recipe asks for."""
+    """The target cannot run what the recipe asks for.
+
+    Choose another target, software, scheme or variant; `edgeattn doctor` says which would do.
+    """
 
 
 class BundleError(EdgeattnError):
-    """A bundle is missing, damaged, in the way, or made for something else."""
+    """A bundle is missing, damaged, in the way, or made for something else.
+
+    Export it again, or copy it whole; `--force` replaces one that is in the way.
+    """
 
 
 class ProofError(EdgeattnError):
-    """Two implementations that must agree do not."""
+    """Two implementations that must agree do not.
+
+    Do not use the bundle: the sentence names the first layer that differs; report it.
+    """
 
 
 class MissingDependencyError(EdgeattnError):
-    """An optional package or tool is needed and not installed."""
+    """An optional package or tool is needed and not installed.
+
+    Install what the sentence names, often an extra of edgeattn.
+    """
 
 
 class DeviceError(EdgeattnError):
-    """A device over the network cannot be reached, or stopped in the middle."""
+    """A device over the network cannot be reached, or stopped in the middle.
+
+    Check that `ssh` alone reaches it, then run the same command again: it goes on.
+    """
 
 
 class RuntimeInputError(EdgeattnError):
-    """A text, prompt or tensor given at run time cannot be used."""
+    """A text, prompt or tensor given at run time cannot be used.
+
+    Change the input as the sentence says: its length, dtype, shape or encoding.
+    """
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -112,18 +113,24 @@ def _fact_table(target: Target) -> Table:
     table = Table(show_lines=True)
     for title in ("fact", "value", "source"):
         table.add_column(title, overflow="fold")
+    for title, values, source in fact_rows(target):
+        table.add_row(title, "\n".join(values), source)
+    return table
+
+
+def fact_rows(target: Target) -> Iterator[tuple[str, list[str], str]]:
+    """Every group of facts of a target: its name, its values in words, and its source."""
     facts = _target_facts(target)
     groups = {**facts["device"], **{k: facts["software"][k] for k in ("stack", "graph")}}
     groups["software"] = facts["device"]["software"]
     for title, group in groups.items():
         if isinstance(group, dict):
-            values = "\n".join(
+            values = [
                 f"{key} {_words(value)}"
                 for key, value in group.items()
                 if key != "source" and value is not None
-            )
-            table.add_row(title, values, group["source"])
-    return table
+            ]
+            yield title, values, group["source"]
 
 
 def _words(value: Any) -> str:

@@ -61,16 +61,6 @@ class Manual(click.Command):
             # never wrapped: they are there to be copied
             formatter.write(textwrap.indent(self.examples, " " * formatter.current_indent) + "\n")
 
-    def to_info_dict(self, ctx: click.Context) -> dict[str, Any]:
-        """Click's facts, and those of the last sections."""
-        return {
-            **super().to_info_dict(ctx),
-            "examples": self.examples,
-            "reads": self.reads,
-            "writes": self.writes,
-            "codes": self.codes,
-        }
-
 
 class Verb(Manual):
     """A command that works: it has --debug, and its --json is known before it fails."""

@@ -1,4 +1,4 @@
-"""`HadamardTransform`: rotates activations at run time (R3 and R4 of SpinQuant).
+"""`HadamardTransform`: rotates activations at run time (R3 and R4 of SpinQuant, arXiv 2405.16406).
 
     y = x (I ⊗ left ⊗ right) / sqrt(K M)
 

@@ -6,7 +6,8 @@ Per sequence b, with L = kv_len clamped to the cache, row t of T queries stands 
 
 in an active head, else 0; and 0 where a row sees no key. `head_index` lists a sequence's active
 query heads in any order, with `groups` its active key heads, whose query heads are all active; -1
-is an empty slot. With T > 1 (prefill) all heads are active. This is Polar Sparsity's attention.
+is an empty slot. With T > 1 (prefill) all heads are active. This is Polar Sparsity's attention
+(arXiv 2505.14884).
 
 `error_count` has per sequence how many indices are out of range or were listed before, which are
 skipped, and one more where kv_len is negative or beyond the cache. Cache behind L is never used.
