@@ -99,7 +99,7 @@ readme: $(VENV)/.user
 
 # A dead link or anchor fails it. The variable: mkdocs is below 2 here, and no advice is needed.
 docs: $(VENV)/.developer
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 DEMO := build/demo
 demo: $(VENV)/.user

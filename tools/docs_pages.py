@@ -21,6 +21,8 @@ from readme_tables import RESULTS, lion, minilm, table
 from readme_tables import schemes as measured_schemes
 from readme_tables import variants as measured_variants
 
+from edgeattn.devices.registry import parse_target
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -54,7 +56,7 @@ def pages() -> dict[str, str]:
         "targets/index.md": docs_targets.overview(),
     }
     for device in docs_targets.ordered():
-        own[f"targets/{device.name}.md"] = docs_targets.page(device)
+        own[f"targets/{device.name}.md"] = docs_targets.page(parse_target(device.name))
     read = {page: included(name)[0] for name, page in INCLUDED.items()}
     return {**own, **read}
 

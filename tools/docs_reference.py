@@ -45,31 +45,31 @@ def commands() -> str:
         "What `--help` prints, on one page. Every command takes `--json`, which prints one object "
         "on standard output and everything else on standard error.",
     ]
-    for path, command in walk(main, ("edgeattn",)):
-        parts += command_parts(path, command)
+    for context in walk(click.Context(main, info_name="edgeattn", **main.context_settings)):
+        parts += command_parts(context)
     return "\n\n".join(parts) + "\n"
 
 
-def walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, Manual]]:
-    """A command and all below it, each with what is typed for it."""
-    assert isinstance(command, Manual)
-    yield " ".join(path), command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
+def walk(context: click.Context) -> Iterator[click.Context]:
+    """The context of a command and of all below it."""
+    yield context
+    if isinstance(context.command, click.Group):
+        for name in context.command.list_commands(context):
+            found = context.command.get_command(context, name)
             assert found is not None
-            yield from walk(found, (*path, name))
+            yield from walk(click.Context(found, parent=context, info_name=name))
 
 
-def command_parts(path: str, command: Manual) -> Iterator[str]:
+def command_parts(context: click.Context) -> Iterator[str]:
     """The paragraphs of one command."""
-    context = click.Context(command, info_name=path)
+    command, path = context.command, context.command_path
+    assert isinstance(command, Manual)
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     yield f"## {path}"
     yield f"```text\n{usage}\n```"
     yield inspect.cleandoc(command.help or "")
-    records = filter(None, (one.get_help_record(context) for one in command.get_params(context)))
+    options = [one for one in command.get_params(context) if isinstance(one, click.Option)]
+    records = filter(None, (one.get_help_record(context) for one in options))
     yield table(("option", "what it says"), ((code(name), cell(text)) for name, text in records))
     for title, text in (("Reads", command.reads), ("Writes", command.writes)):
         if text:
@@ -96,7 +96,7 @@ def operators() -> str:
 def operator_parts(spec: OpSpec) -> Iterator[str]:
     """The paragraphs of one operator."""
     yield f"## {spec.name}"
-    yield cited(spec.meaning)
+    yield cited(spec.meaning[0].upper() + spec.meaning[1:])
     for title, side in (("Inputs", spec.inputs), ("Outputs", spec.outputs)):
         yield f"**{title}**"
         titles = ("name", "shape", "dtypes", "values", "next value of")

@@ -8,7 +8,7 @@ from docs_reference import cell, shell
 from readme_tables import KINDS, table, targets
 
 from edgeattn.cli.targets import fact_rows
-from edgeattn.devices.registry import Target, all_devices, parse_target
+from edgeattn.devices.registry import Target, all_devices
 from edgeattn.devices.schema import Device
 
 MODEL = "./SmolLM2-135M"
@@ -31,9 +31,9 @@ def overview() -> str:
     )
 
 
-def page(device: Device) -> str:
-    """What is known of a device, and how to get a model onto it."""
-    target = parse_target(device.name)
+def page(target: Target) -> str:
+    """What is known of a target, and how to get a model onto it."""
+    device = target.device
     aliases = ", ".join(f"`{alias}`" for alias in device.aliases)
     parts = [
         f"# {device.name}",
