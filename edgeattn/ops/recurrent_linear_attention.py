@@ -9,7 +9,8 @@ Per head, for rows t of key k, value v, log-decay g (one number, or one per key 
 
 What is called the linear and the gated rule (arXiv 2312.06635) is delta = 0 with g = 0 and without,
 the delta and the gated delta rule (arXiv 2412.06464) delta = 1; those four are the rules of ONNX's
-LinearAttention (opset 27), whose results these are. A group of query heads shares the state of its key and value head, as there.
+LinearAttention (opset 27), whose results these are. A group of query heads shares the state of its
+key and value head, as there.
 
 In chunks (the function body and the kernels), with segment sums D_ij = g_{j+1} + … + g_i and
 e_i = exp(g_1 + … + g_i):
