@@ -32,7 +32,8 @@ DATA_SUFFIXES = {".py", ".toml", ".html", ".j2"}
 UV_CONFIG = '[[dependency-metadata]]\nname = "tensorrt-cu13-libs"\nrequires-dist = []\n'
 X86_64 = ("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28")
 JETPACK6 = ("--python-version", "3.10", "--python-platform", "aarch64-manylinux_2_31")
-ALL_BUT_GPU = ["ort", "export", "kernels", "plugins", "rtx", "tensorrt", "hub", "report", "dev"]
+ALL_BUT_GPU = ["ort", "export", "kernels", "plugins", "rtx", "tensorrt", "hub", "report"]
+ALL_BUT_GPU += ["docs", "examples", "dev"]
 ALL_BUT_ORT = ["gpu", *ALL_BUT_GPU[1:]]
 
 

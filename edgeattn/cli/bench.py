@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeattn.cli.names import BACKEND, PROVIDER, TARGET
+from edgeattn.cli.names import BACKEND, PATH, PROVIDER, TARGET
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _FILE = click.Path(path_type=Path)
     reads="the bundle BUNDLE, or two records",
     writes="with --output the record, as JSON",
 )
-@click.argument("bundle", required=False, type=click.Path(), metavar="BUNDLE")
+@click.argument("bundle", required=False, type=PATH, metavar="BUNDLE")
 @click.option("--compare", "pair", nargs=2, type=_FILE, metavar="A.json B.json", help="Ratios B/A.")
 @click.option(
     "--backend",

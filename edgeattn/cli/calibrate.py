@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeattn.cli.names import TARGET, VARIANT
+from edgeattn.cli.names import PATH, TARGET, VARIANT
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _EXAMPLES = """
     reads="the checkpoint MODEL and the text; with --eval-text further texts to judge by",
     writes="the file of --output, for fft-rope with a heat map beside it",
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=PATH)
 @click.option(
     "--attention",
     type=VARIANT,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeattn.cli.names import DTYPE, SCHEME, TARGET, VARIANT
+from edgeattn.cli.names import DTYPE, PATH, SCHEME, TARGET, VARIANT
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _MARKS = {"ok": ("ok", "green"), "warning": ("!", "yellow"), "problem": ("x", "r
     writes="nothing",
     codes={1: "it will not work, and what would is said; or refused"},
 )
-@click.argument("subject", required=False, type=click.Path(), metavar="[MODEL|BUNDLE]")
+@click.argument("subject", required=False, type=PATH, metavar="[MODEL|BUNDLE]")
 @click.option(
     "--target",
     type=TARGET,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeattn.cli.names import PROVIDER
+from edgeattn.cli.names import PATH, PROVIDER
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _EXAMPLES = """
     reads="the bundle BUNDLE and the text",
     writes="nothing but what it prints",
 )
-@click.argument("bundle", type=click.Path(), metavar="BUNDLE")
+@click.argument("bundle", type=PATH, metavar="BUNDLE")
 @click.option(
     "--text",
     "file",

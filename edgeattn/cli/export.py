@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from edgeattn.cli.names import DTYPE, SCHEME, TARGET, VARIANT, one_of
+from edgeattn.cli.names import DTYPE, PATH, SCHEME, TARGET, VARIANT, one_of
 from edgeattn.cli.verb import Verb
 from edgeattn.encoder_shape import Task
 from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS, KV_CACHES, LOGITS
@@ -43,7 +43,7 @@ _EXAMPLES = """
     writes="a new directory, the bundle, with its proof in report/index.html; whole or not at all",
     codes={1: "refused, or the proof failed: no bundle appears"},
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=PATH)
 @click.option(
     "--target", type=TARGET, metavar="NAME[@SOFTWARE]", help="Device, see `edgeattn targets`."
 )
@@ -108,7 +108,7 @@ _EXAMPLES = """
 )
 @click.option(
     "--calibration",
-    type=click.Path(),
+    type=PATH,
     metavar="FILE|DIR",
     help="Text (or .npy images) to calibrate on.",
 )
@@ -118,12 +118,10 @@ _EXAMPLES = """
     show_default=str(CALIBRATION_WINDOWS),
     help=f"Windows of {CALIBRATION_LENGTH} tokens of it.",
 )
-@click.option(
-    "--rotations", type=click.Path(), metavar="FILE", help="Rotations that were learned before."
-)
+@click.option("--rotations", type=PATH, metavar="FILE", help="Rotations that were learned before.")
 @click.option(
     "--finetune-text",
-    type=click.Path(),
+    type=PATH,
     metavar="FILE|DIR",
     help="Text, or images (.npy), to train on after any --attention that loses something.",
 )
@@ -139,7 +137,7 @@ _EXAMPLES = """
 )
 @click.option(
     "--eval-text",
-    type=click.Path(),
+    type=PATH,
     metavar="FILE",
     help="Measure the exported graph's quality on it.",
 )

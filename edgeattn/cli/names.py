@@ -28,6 +28,18 @@ class Names(click.types.StringParamType):
         return [CompletionItem(v) for v in self._known(incomplete) if v.startswith(incomplete)]
 
 
+class _Paths(click.types.StringParamType):
+    """A file, a folder, or what is named like one: a shell offers its own."""
+
+    name = "path"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Asks the shell."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 def one_of(*values: str) -> Names:
     """The type of an option with a handful of values."""
     return Names(lambda incomplete: values)
@@ -78,6 +90,7 @@ def _operators(incomplete: str) -> Iterable[str]:
     return (spec.name for spec in ALL_OPS)
 
 
+PATH = _Paths()
 TARGET = Names(_targets)
 SCHEME = Names(_schemes)
 VARIANT = Names(_variants)

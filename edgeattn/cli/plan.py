@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeattn.cli.names import DTYPE, SCHEME, TARGET
+from edgeattn.cli.names import DTYPE, PATH, SCHEME, TARGET
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _LEAST_WIDTH = 76
     reads="config.json of MODEL, or a GGUF file's header",
     writes="nothing, or the plot of --plot",
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=PATH)
 @click.option(
     "--target", type=TARGET, required=True, metavar="NAME[@SOFTWARE]", help="See edgeattn targets."
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeattn.cli.names import DTYPE, SCHEME
+from edgeattn.cli.names import DTYPE, PATH, SCHEME
 from edgeattn.cli.verb import Verb
 from edgeattn.recipe import CALIBRATION_LENGTH, CALIBRATION_WINDOWS
 
@@ -29,7 +29,7 @@ _EXAMPLES = """
     reads="the checkpoint MODEL, and a calibration text where the scheme needs one",
     writes="a new directory that plain transformers loads, with edgeattn.json beside the weights",
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=PATH)
 @click.option(
     "--quant", type=SCHEME, required=True, metavar="NAME[:k=v,…]", help="Scheme; see README."
 )
@@ -50,7 +50,7 @@ _EXAMPLES = """
 )
 @click.option(
     "--calibration",
-    type=click.Path(),
+    type=PATH,
     metavar="FILE|DIR",
     help="Text for schemes that are calibrated.",
 )
@@ -60,9 +60,7 @@ _EXAMPLES = """
     show_default=str(CALIBRATION_WINDOWS),
     help=f"Windows of {CALIBRATION_LENGTH} tokens of it.",
 )
-@click.option(
-    "--rotations", type=click.Path(), metavar="FILE", help="Learned rotations to use again."
-)
+@click.option("--rotations", type=PATH, metavar="FILE", help="Learned rotations to use again.")
 @click.option("--offline", is_flag=True, help="Take a hub id from the cache alone.")
 @click.option("--force", is_flag=True, help="Replace an earlier copy that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")

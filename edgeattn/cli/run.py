@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from edgeattn.cli.names import BACKEND, PROVIDER
+from edgeattn.cli.names import BACKEND, PATH, PROVIDER
 from edgeattn.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
     reads="the bundle BUNDLE; with -p - standard input",
     writes="the text to standard output as it comes",
 )
-@click.argument("bundle", type=click.Path(), metavar="BUNDLE")
+@click.argument("bundle", type=PATH, metavar="BUNDLE")
 @click.option("-p", "--prompt", required=True, help="Text to continue; - reads standard input.")
 @click.option("-n", "--max-new-tokens", default=128, metavar="TOKENS", help="Most that are added.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the bundle's chat template.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgeattn.cli.names import PROVIDER, one_of
+from edgeattn.cli.names import PATH, PROVIDER, one_of
 from edgeattn.cli.verb import Verb
 
 _EXAMPLES = """
@@ -31,7 +31,7 @@ _EXAMPLES = """
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
-    type=click.Path(),
+    type=PATH,
     metavar="MODEL",
     help="Compare with torch on this checkpoint (see export) instead of the golden vectors.",
 )
