@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -137,3 +140,39 @@ def test_the_backends_that_a_shell_offers_are_those_there_are() -> None:
 
     offered = BACKEND.shell_complete(click.Context(main), COMMANDS["run"].params[0], "")
     assert tuple(item.value for item in offered) == BACKENDS
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "run ./bundle -p 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 7",
+        "eval ./bundle --text pride_and_prejudice.txt --windows 4 --length 256 --json",
+        "bench ./bundle",
+        "verify ./bundle --no-tensorrt --json",
+        "plan ./SmolLM2-135M --target jetson-orin --quant w4-rtn --context 8192",
+        "quantize ./SmolLM2-135M --quant w4-rtn:group=32 -o SmolLM2-135M-w4",
+        "export ./SmolLM2-135M --recipe recipe.toml --force",
+        "targets jetson-orin@jetpack6.2",
+        "ops RecurrentLinearAttention",
+        "completion bash",
+    ],
+)
+def test_an_example_works(
+    example: str,
+    tiny_bundle: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that need no TensorRT and no network, with tiny files in the places they name."""
+    words = shlex.split(example)
+    assert words in calls(getattr(COMMANDS[words[0]], "examples", ""))
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    shutil.copytree(tiny_checkpoint, tmp_path / "SmolLM2-135M")
+    (tmp_path / "recipe.toml").write_text('target = "cpu"\n')
+    text = "It is a truth universally acknowledged, that a single man is in want of a wife.\n"
+    (tmp_path / "pride_and_prejudice.txt").write_text(text * 500)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, words, prog_name="edgeattn")
+    assert done.exit_code == 0, done.output
+    assert len(done.output) > 20
