@@ -2,8 +2,9 @@
 
     python benchmarks/cli_startup.py [--runs 10]
 
-`python -c pass` is timed in turn with it, so that what the interpreter itself costs can be told
-apart. Writes benchmarks/results/cli_startup.json.
+And of what a shell starts when Tab is pressed behind `--target`. `python -c pass` is timed in turn
+with them, so that what the interpreter itself costs can be told apart. Writes
+benchmarks/results/cli_startup.json.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=10)
     runs = parser.parse_args().runs
+    program, line = str(Path(sys.executable).with_name("edgeattn")), "edgeattn export m --target t"
+    asked = [f"COMP_LINE={line}", f"COMP_POINT={len(line)}", "_EDGEATTN_COMPLETE=bash_complete"]
     commands = {
-        "edgeattn --help": [str(Path(sys.executable).with_name("edgeattn")), "--help"],
+        "edgeattn --help": [program, "--help"],
+        "completion of a target": ["env", *asked, program],
         "python -c pass": [sys.executable, "-c", "pass"],
     }
     usages: dict[str, list[Usage]] = {name: [] for name in commands}
