@@ -16,6 +16,7 @@ namespace
 namespace fs = std::filesystem;
 
 char const* const kModel = "model.onnx";
+char const* const kEngines = "engines";
 char const* const kBuildAgain = "build the engine again with edgeattn build --force";
 
 std::optional<PluginRecord> plugin_record(Json const& value, Place const& place)
@@ -45,6 +46,7 @@ EngineRecord engine_record(std::string const& text, std::string const& where)
     }
     record.arch = fields.string("arch");
     record.plugins = plugin_record(fields.get("plugins"), fields.at("plugins"));
+    record.stripped = fields.boolean("stripped");
     return record;
 }
 
@@ -126,6 +128,50 @@ Engine read_engine(std::string const& path)
             "name a file in the bundle's folder engines, or build one with edgeattn build");
     }
     return {path, engine_record({std::istreambuf_iterator<char>(file), {}}, where)};
+}
+
+std::vector<Engine> read_engines(Bundle const& bundle)
+{
+    std::string const suffix = ".engine.json";
+    std::vector<std::pair<fs::file_time_type, std::string>> found;
+    std::error_code error; // what cannot be asked is not there
+    for (fs::directory_entry const& entry : fs::directory_iterator(fs::path(bundle.path) / kEngines, error))
+    {
+        std::string const name = entry.path().string();
+        if (name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0)
+        {
+            found.emplace_back(fs::last_write_time(entry.path(), error), name);
+        }
+    }
+    std::sort(found.begin(), found.end(), [](auto const& a, auto const& b) { return a.first > b.first; });
+    std::vector<Engine> engines;
+    for (auto const& [time, name] : found)
+    {
+        engines.push_back(read_engine(name.substr(0, name.size() - std::string(".json").size())));
+    }
+    return engines;
+}
+
+Engine choose_engine(Bundle const& bundle, int64_t sm, std::string const& arch, std::string const& named)
+{
+    std::vector<Engine> const engines
+        = named.empty() ? read_engines(bundle) : std::vector<Engine>{read_engine(named)};
+    std::optional<Error> newest;
+    for (Engine const& engine : engines)
+    {
+        try
+        {
+            require_runs_here(engine, bundle, sm, arch);
+            return engine;
+        }
+        catch (Error const& refusal)
+        {
+            newest = newest ? newest : refusal;
+        }
+    }
+    throw newest ? *newest
+                 : Error(ErrorCode::kBundle, "an engine in " + (fs::path(bundle.path) / kEngines).string(),
+                     "there is none", "build one with edgeattn build " + bundle.path);
 }
 
 void require_runs_here(Engine const& engine, Bundle const& bundle, int64_t sm, std::string const& arch)

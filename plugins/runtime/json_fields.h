@@ -117,6 +117,12 @@ public:
         return integer_of(get(name), at(name));
     }
 
+    bool boolean(std::string const& name)
+    {
+        Json const& value = get(name);
+        return value.is_boolean() ? value.get<bool>() : (at(name).refuse("it is neither true nor false"), false);
+    }
+
     std::optional<int64_t> optional_integer(std::string const& name)
     {
         return get(name).is_null() ? std::nullopt : std::optional(integer(name));

@@ -25,6 +25,7 @@ struct EngineRecord
     std::vector<int64_t> sms;            //!< compute capabilities
     std::string arch;                    //!< processor of the machine that built it
     std::optional<PluginRecord> plugins; //!< none needs no library
+    bool stripped = false;               //!< built without its weights
 };
 
 //! An engine of a bundle.
@@ -37,6 +38,16 @@ struct Engine
 //! Reads the record PATH.json beside an engine.
 //! \throws Error kBundle: there is none, or it does not read.
 EDGEATTN_API Engine read_engine(std::string const& path);
+
+//! The engines that were built for a bundle, the newest first.
+//! \throws Error kBundle: a record does not read.
+EDGEATTN_API std::vector<Engine> read_engines(Bundle const& bundle);
+
+//! The newest engine of a bundle that runs on a machine, or the one that is named.
+//! \param named its path, empty for the newest.
+//! \throws Error kBundle: there is none; else what is wrong with the newest, see require_runs_here.
+EDGEATTN_API Engine choose_engine(
+    Bundle const& bundle, int64_t sm, std::string const& arch, std::string const& named = {});
 
 //! Refuses an engine that is damaged, stale, or made for another place. TensorRT's version is not looked at.
 //! \param bundle opened, so that its other files are sound.

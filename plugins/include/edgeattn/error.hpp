@@ -21,16 +21,18 @@ enum class ErrorCode
     kUsage = 2,        //!< UsageError: a setting outside its range
     kBundle = 3,       //!< BundleError: missing, damaged, or made for something else
     kRuntimeInput = 4, //!< RuntimeInputError: a tensor that cannot be used
-    kLowering = 5,     //!< LoweringError: made for another GPU or processor
+    kLowering = 5,     //!< LoweringError: made for another GPU, processor or TensorRT, or TensorRT refuses it
+    kMissing = 6,      //!< MissingDependencyError: no driver, no GPU, no TensorRT
 };
 
 //! A refusal that a user can act on: what was expected, what came, what to do.
 class EDGEATTN_API Error : public std::runtime_error
 {
 public:
-    Error(ErrorCode code, std::string const& expected, std::string const& came, std::string const& todo)
-        : std::runtime_error(whole("expected " + expected + ", but " + came + ": " + todo))
-        , mCode(code)
+    //! \param tensorrt the last message of TensorRT, where it is TensorRT that refuses.
+    Error(ErrorCode code, std::string const& expected, std::string const& came, std::string const& todo,
+        std::string const& tensorrt = {})
+        : Error(Sentence{"expected " + expected + ", but " + came + ": " + todo}, code, tensorrt)
     {
     }
 
@@ -40,12 +42,36 @@ public:
     {
     }
 
+    //! A refusal that was put into a sentence elsewhere.
+    static Error said(ErrorCode code, std::string const& sentence, std::string const& tensorrt)
+    {
+        return {Sentence{sentence}, code, tensorrt};
+    }
+
     ErrorCode code() const noexcept
     {
         return mCode;
     }
 
+    //! TensorRT's own last message, empty where the refusal is not TensorRT's.
+    char const* tensorrt() const noexcept
+    {
+        return mTensorrt.what();
+    }
+
 private:
+    struct Sentence
+    {
+        std::string const& text;
+    };
+
+    Error(Sentence sentence, ErrorCode code, std::string const& tensorrt)
+        : std::runtime_error(whole(sentence.text))
+        , mCode(code)
+        , mTensorrt(whole(tensorrt))
+    {
+    }
+
     //! what() would end at a zero byte, which a file's name in a manifest can hold.
     static std::string whole(std::string sentence)
     {
@@ -54,6 +80,7 @@ private:
     }
 
     ErrorCode mCode;
+    std::runtime_error mTensorrt; // a string whose copy cannot throw
 };
 
 } // namespace edgeattn

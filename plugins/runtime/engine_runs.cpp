@@ -1,0 +1,25 @@
+#include "engine_runs.h"
+
+namespace edgeattn
+{
+
+void EngineRuns::run(LoadedModel& model, int32_t profile, int side, std::map<std::string, Shape> const& shapes,
+    std::function<void()> const& bind)
+{
+    Run& run = mRuns[{profile, side}];
+    if (run.shapes != shapes)
+    {
+        run = {shapes, 0, nullptr};
+    }
+    if (!run.recording)
+    {
+        model.set_shapes(profile, shapes);
+        bind();
+        // In the first run TensorRT settles what new shapes need; work of the second can be recorded, if at all.
+        run.recording = mReplay && ++run.count == 2 ? model.record(profile) : nullptr;
+    }
+    mReplays = run.recording != nullptr;
+    mReplays ? model.gpu().replay(*run.recording) : model.run(profile);
+}
+
+} // namespace edgeattn
