@@ -146,16 +146,20 @@ def test_python_c_and_cpp_agree(
 ) -> None:
     include = repository / "plugins" / "include" / "edgeattn"
     codes = generator.docs_reference.cpp_codes((include / "error.hpp").read_text("utf-8"))
-    in_c = re.findall(r"^ +EDGEATTN_([A-Z_]+) = (\d+)", (include / "edgeattn.h").read_text(), re.M)
+    (enum,) = re.findall(
+        r"enum edgeattn_code\n\{(.*?)\}", (include / "edgeattn.h").read_text(), re.S
+    )
+    in_c = re.findall(r"EDGEATTN_([A-Z_]+) = (\d+)", enum)
     in_cpp = [("OK", "0")]
     in_cpp += [(re.sub(r"(?<!^)(?=[A-Z])", "_", k).upper(), str(n)) for k, (n, _) in codes.items()]
     assert in_c == in_cpp
     # Each but the internal one is an error of Python, and the catalogue says so.
     for name, (number, told) in codes.items():
         if name != "Internal":
-            assert told.partition(":")[0] == f"{name}Error"
-            text = section(pages["errors.md"], f"{name}Error")
-            assert f"**In C++** `k{name}` ({number})" in text
+            kind = told.partition(":")[0]
+            assert kind.startswith(name)
+            assert issubclass(getattr(errors, kind), errors.EdgeattnError)
+            assert f"**In C++** `k{name}` ({number})" in section(pages["errors.md"], kind)
     assert "**In C++** –" in section(pages["errors.md"], "ProofError")
 
 
