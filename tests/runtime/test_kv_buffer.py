@@ -123,3 +123,13 @@ def test_a_buffer_goes_with_its_last_state(pair: tuple[Session, Session]) -> Non
         assert buffer() is None
     finally:
         gc.enable()
+
+
+def test_one_row_pauses_within_several_tokens(pair: tuple[Session, Session]) -> None:
+    """Two places of padding behind one token: the row goes on behind its token."""
+    steps = []
+    for session in pair:
+        first = session.run([ROW])
+        padded = session.run([[30, 0, 0]], first.state, attention_mask=[[1, 0, 0]])
+        steps.append((padded.logits[0, 0], session.run([[31]], padded.state).logits[0, 0]))
+    np.testing.assert_allclose(*steps, atol=TOLERANCE)
