@@ -127,7 +127,7 @@ class InPlaceRunner(ABC):
             for place, name in enumerate(names, start=len(buffer.arrays)):
                 outputs[name] = np.from_dlpack(values[place])
         if buffer.step:
-            outputs["logits"] = buffer.step["logits"].copy()
+            outputs["logits"] = buffer.results.copy(buffer.step["logits"])
         return outputs
 
 

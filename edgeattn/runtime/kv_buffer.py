@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PAST, PRESENT = "past_key_values.", "present."
+# Results that a loop holds at once: the last, and the one it is replaced by.
+_SLOTS = 2
 NUMPY_DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -59,6 +61,34 @@ class Prefix:
         return {PRESENT + name[len(PAST) :]: array[:, :, : self.places] for name, array in arrays}
 
 
+class Results:
+    """Copies results into memory of earlier ones that nobody holds any more.
+
+    The logits of a step are of a size that the allocator takes from the system and gives back each
+    time, which costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        # Memory, and the array that every view of the result in it keeps alive.
+        self._slots: list[tuple[bytearray, Callable[[], object]]] = []
+
+    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A copy, which stays as it is as long as somebody holds it or a view of it."""
+        for place, (memory, user) in enumerate(self._slots):
+            if user() is None:
+                break
+        else:
+            if len(self._slots) == _SLOTS:
+                return array.copy()
+            place, memory = len(self._slots), bytearray(array.nbytes)
+            self._slots.append((memory, lambda: None))
+        whole = np.frombuffer(memory, array.dtype)
+        self._slots[place] = (memory, weakref.ref(whole))
+        result = whole.reshape(array.shape)
+        result[...] = array
+        return result
+
+
 class Buffer:
     """Keys and values of all layers, `[B, Hkv, capacity, D]`, bound to the session once."""
 
@@ -66,22 +96,19 @@ class Buffer:
         from onnxruntime import OrtValue
 
         self.arrays = arrays
+        self.capacity: int = next(iter(arrays.values())).shape[2]  # places of a row
         self.lock = threading.Lock()
         # Weak, so that a buffer goes with its last state and not when cycles are searched for.
         self._newest: weakref.ref[Prefix] | None = None
         # Tokens and logits `[B, 1, …]` of decode steps, while they are bound.
         self.step: dict[str, NDArray[Any]] | None = None
+        self.results = Results()
         self.binding = session.io_binding()
         # The values read and write the arrays in place and do not keep them alive.
         self._values = {name: OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
         for name, value in self._values.items():
             self.binding.bind_ortvalue_input(name, value)
             self.binding.bind_ortvalue_output(PRESENT + name[len(PAST) :], value)
-
-    @property
-    def capacity(self) -> int:
-        """Places of a row."""
-        return int(next(iter(self.arrays.values())).shape[2])
 
     def is_newest(self, state: Prefix) -> bool:
         """Whether no later state was made of this buffer."""
