@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeattn.runtime.kv_buffer import NUMPY_DTYPES, PAST, PRESENT, Buffer, Buffers, Prefix
+from edgeattn.runtime.kv_buffer import (
+    NUMPY_DTYPES,
+    PAST,
+    PRESENT,
+    Buffer,
+    Buffers,
+    DecodeStep,
+    Prefix,
+    Results,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -69,7 +78,7 @@ class InPlaceRunner(ABC):
         else:
             if buffer.step is None:
                 buffer.step = self._bind_step(buffer, batch)
-            inputs = buffer.step
+            inputs = buffer.step.inputs
         self._fill(inputs, feeds)
         self._session.run_with_iobinding(buffer.binding)
         return self._outputs(buffer), claimed
@@ -107,16 +116,14 @@ class InPlaceRunner(ABC):
             buffer.binding.bind_cpu_input(name, array)
         return inputs
 
-    def _bind_step(self, buffer: Buffer, batch: int) -> dict[str, NDArray[Any]]:
+    def _bind_step(self, buffer: Buffer, batch: int) -> DecodeStep:
         """Binds arrays that all decode steps fill and read."""
         from onnxruntime import OrtValue
 
-        step = self._bind_inputs(buffer, batch, 1, 1)
         size = (batch, 1, self._logits.shape[2])
-        step["logits"] = np.zeros(size, NUMPY_DTYPES[self._logits.type])
-        value = OrtValue.ortvalue_from_numpy(step["logits"])
-        buffer.binding.bind_ortvalue_output("logits", value)
-        return step
+        logits = np.zeros(size, NUMPY_DTYPES[self._logits.type])
+        buffer.binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), Results(logits))
 
     def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
         names = self._others if buffer.step else [*self._others, "logits"]
@@ -127,7 +134,7 @@ class InPlaceRunner(ABC):
             for place, name in enumerate(names, start=len(buffer.arrays)):
                 outputs[name] = np.from_dlpack(values[place])
         if buffer.step:
-            outputs["logits"] = buffer.results.copy(buffer.step["logits"])
+            outputs["logits"] = buffer.step.logits.copy()
         return outputs
 
 

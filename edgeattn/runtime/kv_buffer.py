@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -62,31 +62,49 @@ class Prefix:
 
 
 class Results:
-    """Copies results into memory of earlier ones that nobody holds any more.
+    """Copies of an array, each in memory of an earlier copy that nobody holds any more.
 
     The logits of a step are of a size that the allocator takes from the system and gives back each
     time, which costs more than the copy.
+
+    Args:
+        source: the array, which is written again and again.
     """
 
-    def __init__(self) -> None:
-        # Memory, and the array that every view of the result in it keeps alive.
-        self._slots: list[tuple[bytearray, Callable[[], object]]] = []
+    def __init__(self, source: NDArray[Any]) -> None:
+        self._source = source
+        self._slots = [_Slot(bytearray(source.nbytes)) for _ in range(_SLOTS)]
 
-    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
-        """A copy, which stays as it is as long as somebody holds it or a view of it."""
-        for place, (memory, user) in enumerate(self._slots):
-            if user() is None:
-                break
-        else:
-            if len(self._slots) == _SLOTS:
-                return array.copy()
-            place, memory = len(self._slots), bytearray(array.nbytes)
-            self._slots.append((memory, lambda: None))
-        whole = np.frombuffer(memory, array.dtype)
-        self._slots[place] = (memory, weakref.ref(whole))
-        result = whole.reshape(array.shape)
-        result[...] = array
-        return result
+    def copy(self) -> NDArray[Any]:
+        """What the array holds now."""
+        slot = next((slot for slot in self._slots if slot.user() is None), None)
+        if slot is None:
+            return self._source.copy()
+        whole = np.frombuffer(slot.memory, self._source.dtype)
+        # Not the array that is returned: a view of that keeps only this one alive.
+        slot.user = weakref.ref(whole)
+        copy = whole.reshape(self._source.shape)
+        copy[...] = self._source
+        return copy
+
+
+@dataclass
+class _Slot:
+    memory: bytearray
+    user: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What is bound for runs of one token.
+
+    Attributes:
+        inputs: arrays by name, which each run fills.
+        logits: what each run writes.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    logits: Results
 
 
 class Buffer:
@@ -100,9 +118,7 @@ class Buffer:
         self.lock = threading.Lock()
         # Weak, so that a buffer goes with its last state and not when cycles are searched for.
         self._newest: weakref.ref[Prefix] | None = None
-        # Tokens and logits `[B, 1, …]` of decode steps, while they are bound.
-        self.step: dict[str, NDArray[Any]] | None = None
-        self.results = Results()
+        self.step: DecodeStep | None = None  # while its arrays are bound
         self.binding = session.io_binding()
         # The values read and write the arrays in place and do not keep them alive.
         self._values = {name: OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
