@@ -40,7 +40,6 @@ from edgeattn.runtime.bench_record import (
 )
 from edgeattn.runtime.encoder import EncoderSession
 from edgeattn.runtime.generate import PREFILL_PIECE
-from edgeattn.runtime.sampling import Sampling
 from edgeattn.runtime.session import Session, State
 
 Progress = Callable[[str, int, int], None]
@@ -201,7 +200,7 @@ class _DecoderPasses:
     """A prompt that is continued again and again."""
 
     def __init__(self, session: Session, amount: Amount) -> None:
-        self._session, self._greedy = session, Sampling()
+        self._session = session
         new = amount.new_tokens or min(_NEW_TOKENS, max(1, session.context // 4))
         tokens = amount.tokens or max(1, min(_TOKENS, session.context - new))
         _check_context(tokens + new, session.context)
@@ -216,22 +215,20 @@ class _DecoderPasses:
         began = time.perf_counter()
         state: State | None = None
         for first in range(0, self.quantity.tokens, PREFILL_PIECE):
-            token, state = self._step(self._prompt[:, first : first + PREFILL_PIECE], state, 0)
+            token, state = self._step(self._prompt[:, first : first + PREFILL_PIECE], state)
         seconds = [time.perf_counter() - began]
-        for index in range(self.quantity.new_tokens):
+        for _ in range(self.quantity.new_tokens):
             began = time.perf_counter()
-            token, state = self._step(np.array([[token]]), state, index + 1)
+            token, state = self._step(np.array([[token]]), state)
             seconds.append(time.perf_counter() - began)
         if keep and state is not None:
             self._prefill.append(seconds[0])
             self._decode.extend(seconds[1:])
             self.cache_bytes = self._session.cache_bytes(state)
 
-    def _step(
-        self, ids: np.typing.NDArray[np.int64], state: State | None, index: int
-    ) -> tuple[int, State]:
+    def _step(self, ids: np.typing.NDArray[np.int64], state: State | None) -> tuple[int, State]:
         step = self._session.run(ids, state)
-        return self._greedy.pick(step.logits[0, -1], index), step.state
+        return int(step.likeliest[0, -1]), step.state
 
     def phases(self) -> tuple[Phase, ...]:
         """What was kept."""

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,11 +14,8 @@ from edgeattn.bundle.bundle import TOKENIZER
 from edgeattn.errors import UsageError
 from edgeattn.runtime.prompt import check_token_ids, encode_prompt
 from edgeattn.runtime.sampling import Sampling
-from edgeattn.runtime.session import Session, State
+from edgeattn.runtime.session import Session, State, Step
 from edgeattn.runtime.text import TextStream
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
@@ -214,7 +211,9 @@ class TokenStream(Iterator[Token]):
             if token_id in self._stops:
                 self._finish_reason = "stop"
                 break
-            yield from self._give(token_id)
+            for token in self._give(token_id):
+                self._given.append(token)
+                yield token
             if count == self._max_new_tokens:
                 self._finish_reason = "length"
             elif self._state is not None and self._state.length == self._session.context:
@@ -222,44 +221,46 @@ class TokenStream(Iterator[Token]):
                 break
             else:
                 token_id = self._decode(token_id, count)
-        yield from self._give_rest()
+        for token in self._give_rest():
+            self._given.append(token)
+            yield token
 
     def _prefill(self) -> int:
         """Reads the prompt and chooses the first token."""
         started = time.perf_counter()
         for first in range(0, len(self._prompt_ids), PREFILL_PIECE):
-            logits = self._run(self._prompt_ids[first : first + PREFILL_PIECE])
-        token_id = self._sampling.pick(logits, 0)
+            step = self._run(self._prompt_ids[first : first + PREFILL_PIECE])
+        token_id = self._choose(step, 0)
         self._prefill_seconds = time.perf_counter() - started
         return token_id
 
     def _decode(self, token_id: int, index: int) -> int:
         """Reads one token and chooses the next."""
         started = time.perf_counter()
-        token_id = self._sampling.pick(self._run([token_id]), index)
+        token_id = self._choose(self._run([token_id]), index)
         self._decode_seconds += time.perf_counter() - started
         self._decode_steps += 1
         return token_id
 
-    def _run(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def _run(self, ids: Sequence[int]) -> Step:
         step = self._session.run(np.array([ids], np.int64), self._state)
         self._state = step.state
-        logits: NDArray[np.float32] = step.logits[0, -1]
-        return logits
+        return step
 
-    def _give(self, token_id: int) -> Iterator[Token]:
+    def _choose(self, step: Step, index: int) -> int:
+        if self._sampling.temperature == 0:
+            return int(step.likeliest[0, -1])
+        return self._sampling.pick(step.logits[0, -1], index)
+
+    def _give(self, token_id: int) -> list[Token]:
         self._held.append(token_id)
         text = "" if self._text is None else self._text.push(token_id)
-        if text is not None:
-            yield from self._release(text)
+        return [] if text is None else self._release(text)
 
-    def _give_rest(self) -> Iterator[Token]:
-        if self._held and self._text is not None:
-            yield from self._release(self._text.finish())
+    def _give_rest(self) -> list[Token]:
+        return self._release(self._text.finish()) if self._held and self._text else []
 
-    def _release(self, text: str) -> Iterator[Token]:
+    def _release(self, text: str) -> list[Token]:
         *before, last = self._held
         self._held = []
-        for token in (*(Token(token_id, "") for token_id in before), Token(last, text)):
-            self._given.append(token)
-            yield token
+        return [*(Token(token_id, "") for token_id in before), Token(last, text)]

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeattn.runtime.kv_buffer import NUMPY_DTYPES, PAST, PRESENT, Buffer, Buffers, Prefix
+from edgeattn.runtime.kv_buffer import (
+    NUMPY_DTYPES,
+    PAST,
+    PRESENT,
+    Buffer,
+    Buffers,
+    DecodeStep,
+    Prefix,
+    Results,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,19 +64,22 @@ class InPlaceRunner(ABC):
             The outputs by name, and the cache to go on with.
         """
         batch, length = feeds["input_ids"].shape
-        claimed = self._buffers.claim(cache, *feeds["attention_mask"].shape)
+        places = feeds["attention_mask"].shape[1]
+        claimed = self._buffers.claim(cache, batch, places)
         buffer = claimed.buffer
-        for name, array in self._places(feeds["attention_mask"], length, buffer.capacity).items():
-            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
         for name in self._others:
             buffer.binding.bind_output(name)
         if length > 1:
-            self._bind_tokens(buffer, feeds)
-        elif buffer.step is None:
-            buffer.step = self._bind_step(buffer, batch)
-        if buffer.step is not None:
-            for name in TOKENS:
-                buffer.step[name][...] = feeds[name]
+            buffer.step = None
+            inputs = self._bind_inputs(buffer, batch, length, places)
+            # Memory of ONNX Runtime, which it uses again: in fresh memory of ours each page would
+            # cost a fault, a tenth of a prefill.
+            buffer.binding.bind_output("logits")
+        else:
+            if buffer.step is None:
+                buffer.step = self._bind_step(buffer, batch)
+            inputs = buffer.step.inputs
+        self._fill(inputs, feeds)
         self._session.run_with_iobinding(buffer.binding)
         return self._outputs(buffer), claimed
 
@@ -76,39 +88,42 @@ class InPlaceRunner(ABC):
         """The capacity of a new buffer that must hold `places`."""
 
     @abstractmethod
-    def _places(
-        self, mask: NDArray[np.int64], length: int, capacity: int
-    ) -> dict[str, NDArray[np.int64]]:
-        """The inputs that say where keys lie, for T = `length` new tokens.
+    def _shapes(
+        self, batch: int, length: int, places: int, capacity: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs that say where keys lie, for T = `length` new tokens.
 
-        Args:
-            mask: `[B, P + T]`.
-            length: T.
-            capacity: of the buffer.
+        Those of one token hold for every later one: its inputs are bound once.
         """
 
-    def _bind_tokens(self, buffer: Buffer, feeds: Mapping[str, NDArray[np.int64]]) -> None:
-        """Binds tokens, and logits to memory of ONNX Runtime, which it uses again.
-
-        In fresh memory of ours each page would cost a fault, a tenth of a prefill.
-        """
-        buffer.step = None
+    def _fill(
+        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+    ) -> None:
+        """Writes into the bound inputs; what lies behind the mask stays 0."""
         for name in TOKENS:
-            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
-        buffer.binding.bind_output("logits")
+            inputs[name][...] = feeds[name]
+        mask = feeds["attention_mask"]
+        inputs["attention_mask"][:, : mask.shape[1]] = mask
 
-    def _bind_step(self, buffer: Buffer, batch: int) -> dict[str, NDArray[Any]]:
+    def _bind_inputs(
+        self, buffer: Buffer, batch: int, length: int, places: int
+    ) -> dict[str, NDArray[Any]]:
+        """Binds arrays of zeros, which the binding keeps alive."""
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(TOKENS, (batch, length))
+        shapes |= self._shapes(batch, length, places, buffer.capacity)
+        inputs = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+        for name, array in inputs.items():
+            buffer.binding.bind_cpu_input(name, array)
+        return inputs
+
+    def _bind_step(self, buffer: Buffer, batch: int) -> DecodeStep:
         """Binds arrays that all decode steps fill and read."""
         from onnxruntime import OrtValue
 
-        step: dict[str, NDArray[Any]] = {name: np.zeros((batch, 1), np.int64) for name in TOKENS}
-        for name, array in step.items():
-            buffer.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
         size = (batch, 1, self._logits.shape[2])
-        step["logits"] = np.zeros(size, NUMPY_DTYPES[self._logits.type])
-        value = OrtValue.ortvalue_from_numpy(step["logits"])
-        buffer.binding.bind_ortvalue_output("logits", value)
-        return step
+        logits = np.zeros(size, NUMPY_DTYPES[self._logits.type])
+        buffer.binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), Results(logits))
 
     def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
         names = self._others if buffer.step else [*self._others, "logits"]
@@ -119,7 +134,7 @@ class InPlaceRunner(ABC):
             for place, name in enumerate(names, start=len(buffer.arrays)):
                 outputs[name] = np.from_dlpack(values[place])
         if buffer.step:
-            outputs["logits"] = buffer.step["logits"].copy()
+            outputs["logits"] = buffer.step.logits.copy()
         return outputs
 
 
@@ -154,15 +169,22 @@ class GroupQueryRunner(InPlaceRunner):
         roomy = -(-(places * 3 // 2 + _ROOM) // _ROUND) * _ROUND
         return max(places, min(roomy, self._context))
 
-    def _places(
-        self, mask: NDArray[np.int64], length: int, capacity: int
-    ) -> dict[str, NDArray[np.int64]]:
-        if mask.shape[1] > length and not mask[:, -1].all():
-            # A row without a new token gets one all the same, behind its last: the row's next
-            # token overwrites it. Otherwise it would overwrite the last.
-            mask = mask.copy()
-            mask[:, -1] = 1
-        return {"attention_mask": mask}
+    def _shapes(
+        self, batch: int, length: int, places: int, capacity: int
+    ) -> dict[str, tuple[int, ...]]:
+        # The operator counts a row's ones. The width it only compares with `length`, to tell a
+        # prompt without a past.
+        return {"attention_mask": (batch, capacity if length == 1 else places)}
+
+    def _fill(
+        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+    ) -> None:
+        super()._fill(inputs, feeds)
+        length, places = feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]
+        if places > length:
+            # The operator takes every new place for a token. A row's next token overwrites what is
+            # padding here, whose place it would else seek among the row's own.
+            inputs["attention_mask"][:, places - length : places] = 1
 
 
 class StaticCacheRunner(InPlaceRunner):
@@ -178,14 +200,16 @@ class StaticCacheRunner(InPlaceRunner):
     def _capacity_for(self, places: int) -> int:
         return max(places, min(-(-places // _BUCKET) * _BUCKET, self._context))
 
-    def _places(
-        self, mask: NDArray[np.int64], length: int, capacity: int
-    ) -> dict[str, NDArray[np.int64]]:
-        batch, places = mask.shape
-        slots = np.zeros((batch, capacity), np.int64)
-        slots[:, :places] = mask
-        begin = np.full(batch, places - length, np.int64)
-        return {"attention_mask": slots, "write_indices": begin}
+    def _shapes(
+        self, batch: int, length: int, places: int, capacity: int
+    ) -> dict[str, tuple[int, ...]]:
+        return {"attention_mask": (batch, capacity), "write_indices": (batch,)}
+
+    def _fill(
+        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+    ) -> None:
+        super()._fill(inputs, feeds)
+        inputs["write_indices"][:] = feeds["attention_mask"].shape[1] - feeds["input_ids"].shape[1]
 
 
 def runner_for(kv_cache: object) -> type[InPlaceRunner] | None:

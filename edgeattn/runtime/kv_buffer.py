@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 PAST, PRESENT = "past_key_values.", "present."
+# Results that a loop holds at once: the last, and the one it is replaced by.
+_SLOTS = 2
 NUMPY_DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -59,6 +61,52 @@ class Prefix:
         return {PRESENT + name[len(PAST) :]: array[:, :, : self.places] for name, array in arrays}
 
 
+class Results:
+    """Copies of an array, each in memory of an earlier copy that nobody holds any more.
+
+    The logits of a step are of a size that the allocator takes from the system and gives back each
+    time, which costs more than the copy.
+
+    Args:
+        source: the array, which is written again and again.
+    """
+
+    def __init__(self, source: NDArray[Any]) -> None:
+        self._source = source
+        self._slots = [_Slot(bytearray(source.nbytes)) for _ in range(_SLOTS)]
+
+    def copy(self) -> NDArray[Any]:
+        """What the array holds now."""
+        slot = next((slot for slot in self._slots if slot.user() is None), None)
+        if slot is None:
+            return self._source.copy()
+        whole = np.frombuffer(slot.memory, self._source.dtype)
+        # Not the array that is returned: a view of that keeps only this one alive.
+        slot.user = weakref.ref(whole)
+        copy = whole.reshape(self._source.shape)
+        copy[...] = self._source
+        return copy
+
+
+@dataclass
+class _Slot:
+    memory: bytearray
+    user: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What is bound for runs of one token.
+
+    Attributes:
+        inputs: arrays by name, which each run fills.
+        logits: what each run writes.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    logits: Results
+
+
 class Buffer:
     """Keys and values of all layers, `[B, Hkv, capacity, D]`, bound to the session once."""
 
@@ -66,22 +114,17 @@ class Buffer:
         from onnxruntime import OrtValue
 
         self.arrays = arrays
+        self.capacity: int = next(iter(arrays.values())).shape[2]  # places of a row
         self.lock = threading.Lock()
         # Weak, so that a buffer goes with its last state and not when cycles are searched for.
         self._newest: weakref.ref[Prefix] | None = None
-        # Tokens and logits `[B, 1, …]` of decode steps, while they are bound.
-        self.step: dict[str, NDArray[Any]] | None = None
+        self.step: DecodeStep | None = None  # while its arrays are bound
         self.binding = session.io_binding()
         # The values read and write the arrays in place and do not keep them alive.
         self._values = {name: OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
         for name, value in self._values.items():
             self.binding.bind_ortvalue_input(name, value)
             self.binding.bind_ortvalue_output(PRESENT + name[len(PAST) :], value)
-
-    @property
-    def capacity(self) -> int:
-        """Places of a row."""
-        return int(next(iter(self.arrays.values())).shape[2])
 
     def is_newest(self, state: Prefix) -> bool:
         """Whether no later state was made of this buffer."""

@@ -109,16 +109,18 @@ def _ordered(
     Logit and id are packed into one integer per candidate, because sorting integers is several
     times faster than a stable sort of 150 thousand floats.
     """
-    values = logits + np.float32(0)  # -0.0 becomes 0.0: they are equal, their bits are not
+    ids = np.arange(len(logits))
+    if 0 < top_k < len(logits):
+        # The k-th largest and all that equal it; few are left to order.
+        ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    values = logits[ids] + np.float32(0)  # -0.0 becomes 0.0: they are equal, their bits are not
     bits = values.view(np.int32).astype(np.int64)
     ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     # -1 - x rather than -x keeps the range: in two's complement it is ~x.
-    keys = (~ascending << 32) | np.arange(len(values))
-    if 0 < top_k < len(keys):
-        keys = np.partition(keys, top_k - 1)[:top_k]
+    keys = (~ascending << 32) | ids
     keys.sort()
-    ids = keys & _WORD
-    return ids, values[ids].astype(np.float64)
+    ids = keys[: top_k or None] & _WORD
+    return ids, logits[ids].astype(np.float64)
 
 
 def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:

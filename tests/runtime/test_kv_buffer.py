@@ -123,3 +123,37 @@ def test_a_buffer_goes_with_its_last_state(pair: tuple[Session, Session]) -> Non
         assert buffer() is None
     finally:
         gc.enable()
+
+
+def test_one_row_pauses_within_several_tokens(pair: tuple[Session, Session]) -> None:
+    """Two places of padding behind one token: the row goes on behind its token."""
+    steps = []
+    for session in pair:
+        first = session.run([ROW])
+        padded = session.run([[30, 0, 0]], first.state, attention_mask=[[1, 0, 0]])
+        steps.append((padded.logits[0, 0], session.run([[31]], padded.state).logits[0, 0]))
+    np.testing.assert_allclose(*steps, atol=TOLERANCE)
+
+
+def test_logits_stay_as_long_as_a_view_of_them_is_held(pair: tuple[Session, Session]) -> None:
+    """Their memory is used again, but not while somebody looks at it."""
+    ours, joined = pair
+    state, reference = ours.run([ROW]).state, joined.run([ROW]).state
+    held, expected = [], []
+    for token in (1, 2, 3, 4):
+        step, wanted = ours.run([[token]], state), joined.run([[token]], reference)
+        state, reference = step.state, wanted.state
+        held.append(step.logits[0, -1][1:].reshape(-1, 1))
+        expected.append(wanted.logits[0, -1, 1:, None])
+        del step
+    np.testing.assert_allclose(held, expected, atol=TOLERANCE)
+
+
+def test_the_memory_of_logits_is_used_again(pair: tuple[Session, Session]) -> None:
+    ours, _ = pair
+    state, places = ours.run([ROW]).state, set()
+    for token in range(6):
+        step = ours.run([[token]], state)
+        state = step.state
+        places.add(step.logits.ctypes.data)
+    assert len(places) == 2
