@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from typing import Any
 
 import pytest
 
+from edgeattn.engine.toolchain import TENSORRT_VARIABLE
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+_HEADERS_WHEEL = "kernel-lens==2.0.1"  # Apache-2.0, with the headers of TensorRT 10.14
 
 # Never part of a build: version control, environments, caches, outputs.
 NOT_SOURCE = shutil.ignore_patterns(
@@ -233,6 +238,42 @@ def export_tiny(
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def export_stories(
+    stories260k: Path, tmp_path_factory: pytest.TempPathFactory, shared_traces: None
+) -> Callable[..., Path]:
+    """A function from a recipe's fields to a bundle of stories260k."""
+    pytest.importorskip("torch")
+    from edgeattn.pipeline import export
+    from edgeattn.recipe import Recipe
+
+    def make(**fields: Any) -> Path:
+        path = tmp_path_factory.mktemp("exported") / "bundle"
+        export(stories260k, Recipe(**{"target": "cpu", **fields}), path, verify=False)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tensorrt_headers(request: pytest.FixtureRequest) -> Path:
+    """TensorRT's headers: named, of the system, or out of a wheel that is never imported."""
+    named = os.environ.get(TENSORRT_VARIABLE, "/usr/include/x86_64-linux-gnu")
+    if Path(named, "NvInferRuntime.h").is_file():
+        return Path(named)
+    cached = request.config.cache.mkdir("tensorrt-headers")  # type: ignore[union-attr]
+    found = cached / "kernel_lens" / "include" / "tensorrt"
+    if not found.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", _HEADERS_WHEEL]
+        done = subprocess.run([*command, "--dest", str(cached)], capture_output=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"needs TensorRT's headers: {TENSORRT_VARIABLE} or {_HEADERS_WHEEL}")
+        with zipfile.ZipFile(next(cached.glob("*.whl"))) as wheel:
+            names = [n for n in wheel.namelist() if n.startswith("kernel_lens/include/tensorrt/")]
+            wheel.extractall(cached, names)
+    return found
 
 
 @pytest.fixture(scope="session")

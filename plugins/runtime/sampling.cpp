@@ -2,6 +2,7 @@
 #include "edgeattn/sampling.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -35,11 +36,25 @@ constexpr std::array<double, kDegree + 1> coefficients()
 
 constexpr auto kCoefficients = coefficients();
 
-void require(char const* name, char const* allowed, double value, bool fits)
+//! As Python writes it: with the fewest digits that are enough.
+std::string text_of(double value)
+{
+    char text[64];
+    std::string found(text, std::to_chars(text, text + sizeof text, value).ptr);
+    return found.find_first_not_of("-0123456789") == std::string::npos ? found + ".0" : found;
+}
+
+std::string text_of(int64_t value)
+{
+    return std::to_string(value);
+}
+
+template <typename Number>
+void require(char const* name, char const* allowed, Number value, bool fits)
 {
     if (!fits)
     {
-        throw Error(ErrorCode::kUsage, std::string("a ") + name + " " + allowed, "it is " + std::to_string(value),
+        throw Error(ErrorCode::kUsage, std::string("a ") + name + " " + allowed, "it is " + text_of(value),
             "correct the value");
     }
 }
@@ -86,7 +101,7 @@ std::vector<size_t> ordered(float const* logits, size_t vocabulary, size_t count
 void Sampling::check() const
 {
     require("temperature", "0 or more", temperature, temperature >= 0 && std::isfinite(temperature));
-    require("top-k", "0 (all) or more", static_cast<double>(top_k), top_k >= 0);
+    require("top-k", "0 (all) or more", top_k, top_k >= 0);
     require("top-p", "above 0 and at most 1", top_p, top_p > 0 && top_p <= 1);
 }
 

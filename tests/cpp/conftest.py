@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
-from cmake_projects import configure, run
+from cmake_projects import configure, json_include, run
+from fake_engine import SM
+from fake_nvinfer.stubs import write_stubs
 
-from edgeattn.engine.toolchain import find_cmake
+from edgeattn.engine.toolchain import find_cmake, find_compiler, find_toolchain
+from edgeattn.errors import MissingDependencyError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "plugins" / "runtime"
+FAKE_NVINFER = REPOSITORY / "tests" / "support" / "fake_nvinfer" / "fake_nvinfer.cpp"
+SANITIZE = "-DEDGEATTN_SANITIZE=ON"
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,21 @@ class Runtime:
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds some targets for a processor, installs the library, returns the build folder."""
+def installed(
+    tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Builds library and adapter for a processor, once, and installs them; the build folder."""
 
-    def install(arch: str, *targets: str) -> Path:
+    @cache
+    def install(arch: str) -> Path:
         build = tmp_path_factory.mktemp(f"runtime-{arch}")
-        configure(SOURCES, build, arch, f"-DCMAKE_INSTALL_PREFIX={build / 'prefix'}")
-        run([find_cmake(), "--build", build, "-j2", "--target", "edgeattn", *targets])
+        places = {
+            "CMAKE_INSTALL_PREFIX": build / "prefix",
+            "EDGEATTN_TENSORRT_INCLUDE": tensorrt_headers,
+            "EDGEATTN_CUDA_INCLUDE": cuda(),
+        }
+        configure(SOURCES, build, arch, *(f"-D{name}={place}" for name, place in places.items()))
+        run([find_cmake(), "--build", build, "-j2"])
         run([find_cmake(), "--install", build])
         return build
 
@@ -50,6 +66,52 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def runtime(installed: Callable[..., Path]) -> Runtime:
-    build = installed(platform.machine(), "runtime_driver")
-    return Runtime(build / "prefix", build / "runtime_driver", configure)
+def sanitized(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build with the address, leak and undefined-behaviour sanitizers: drivers and adapter."""
+    build = tmp_path_factory.mktemp("sanitized")
+    arch = platform.machine()
+    headers = f"-DEDGEATTN_TENSORRT_INCLUDE={tensorrt_headers}"
+    configure(SOURCES, build, arch, headers, f"-DEDGEATTN_CUDA_INCLUDE={cuda()}", SANITIZE)
+    targets = ["runtime_driver", "session_driver", "edgeattn_trt10"]
+    run([find_cmake(), "--build", build, "-j2", "--target", *targets])
+    return build
+
+
+def cuda() -> Path:
+    """CUDA's headers, or skips the test by what is missing."""
+    try:
+        return find_toolchain(platform.machine(), tensorrt=None).cuda
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def runtime(installed: Callable[..., Path], sanitized: Path) -> Runtime:
+    return Runtime(
+        installed(platform.machine()) / "prefix", sanitized / "runtime_driver", configure
+    )
+
+
+@pytest.fixture(scope="session")
+def fake_nvinfer(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libnvinfer.so.10 that runs engines of fake_tensorrt, on fake_cuda."""
+    folder = tmp_path_factory.mktemp("nvinfer")
+    write_stubs(tensorrt_headers, folder / "stubs.h")
+    flags = ["-std=c++17", "-shared", "-fPIC", "-w", "-Wl,-soname,libnvinfer.so.10"]
+    includes = [f"-I{place}" for place in (folder, tensorrt_headers, cuda(), json_include())]
+    library = folder / "libnvinfer.so.10"
+    run([*find_compiler(platform.machine()), *flags, *includes, FAKE_NVINFER, "-o", library])
+    return folder
+
+
+@pytest.fixture
+def there(fake_nvinfer: Path, fake_cuda: Path) -> dict[str, str]:
+    """The environment of a process on a machine with a GPU and TensorRT 10, both fake."""
+    settings = {
+        "LD_LIBRARY_PATH": f"{fake_nvinfer}:{fake_cuda}",
+        "FAKE_NVINFER_PYTHON": sys.executable,
+        "FAKE_NVINFER_SERVER": str(FAKE_NVINFER.with_name("engine_server.py")),
+        "FAKE_CUDA_SM": str(SM),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
+    return {**os.environ, **settings}

@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import sys
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 
 from edgeattn.engine.embed_cubins import embed_cubins
-from edgeattn.engine.toolchain import TENSORRT_VARIABLE, build_library, find_toolchain
+from edgeattn.engine.toolchain import build_library, find_toolchain
 from edgeattn.errors import MissingDependencyError
 
 if sys.version_info >= (3, 11):
@@ -31,7 +30,6 @@ else:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OP = "recurrent_linear_attention"  # whose dummies its own tests know; others are as in the table
-_HEADERS_WHEEL = "kernel-lens==2.0.1"  # Apache-2.0, with the headers of TensorRT 10.14
 _FAKE_TYPES = {"*T": "p", "*fp32": "p", "*i32": "p", "*i8": "p", "i32": "i", "fp32": "f"}
 _SYSROOT = "/usr/aarch64-linux-gnu"
 
@@ -236,25 +234,6 @@ def _dummy(
         "sizes": ["B"],
         "content": f"fake {label} {types}pp\n\0".encode(),
     }
-
-
-@pytest.fixture(scope="session")
-def tensorrt_headers(request: pytest.FixtureRequest) -> Path:
-    """TensorRT's headers: named, of the system, or out of a wheel that is never imported."""
-    named = os.environ.get(TENSORRT_VARIABLE, "/usr/include/x86_64-linux-gnu")
-    if Path(named, "NvInferRuntime.h").is_file():
-        return Path(named)
-    cached = request.config.cache.mkdir("tensorrt-headers")  # type: ignore[union-attr]
-    found = cached / "kernel_lens" / "include" / "tensorrt"
-    if not found.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", _HEADERS_WHEEL]
-        done = subprocess.run([*command, "--dest", str(cached)], capture_output=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"needs TensorRT's headers: {TENSORRT_VARIABLE} or {_HEADERS_WHEEL}")
-        with zipfile.ZipFile(next(cached.glob("*.whl"))) as wheel:
-            names = [n for n in wheel.namelist() if n.startswith("kernel_lens/include/tensorrt/")]
-            wheel.extractall(cached, names)
-    return found
 
 
 @pytest.fixture(scope="session")

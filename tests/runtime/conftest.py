@@ -20,21 +20,6 @@ def story() -> str:
 
 
 @pytest.fixture(scope="session")
-def export_stories(stories260k, tmp_path_factory, shared_traces) -> Callable[..., Path]:
-    """A function from a recipe's fields to a bundle of stories260k."""
-    pytest.importorskip("torch")
-    from edgeattn.pipeline import export
-    from edgeattn.recipe import Recipe
-
-    def make(**fields: Any) -> Path:
-        path = tmp_path_factory.mktemp("exported") / "bundle"
-        export(stories260k, Recipe(**{"target": "cpu", **fields}), path, verify=False)
-        return path
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def stories_bundle(export_stories) -> Path:
     """fp32, logits of every position."""
     return export_stories()

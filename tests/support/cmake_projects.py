@@ -23,15 +23,20 @@ def run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
+def json_include() -> Path:
+    """Where nlohmann/json.hpp is, or a place of the system."""
+    if (spec := find_spec("nlohmann_json")) and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0], "include")
+    return Path("/usr/include")
+
+
 def configure(sources: Path, build: Path, arch: str, *given: str) -> None:
     """Runs CMake with the compiler for a processor, or skips the test by what is missing."""
     try:
         cmake, compiler = find_cmake(), find_compiler(arch)
     except MissingDependencyError as error:
         pytest.skip(str(error))
-    if (spec := find_spec("nlohmann_json")) and spec.submodule_search_locations:
-        folder = Path(spec.submodule_search_locations[0], "include")
-        os.environ.setdefault("EDGEATTN_JSON_INCLUDE", str(folder))
+    os.environ.setdefault("EDGEATTN_JSON_INCLUDE", str(json_include()))
     system = [] if arch == platform.machine() else ["-DCMAKE_SYSTEM_NAME=Linux"]
     chosen = [
         f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}",

@@ -1,6 +1,7 @@
 //! What the tests drive: each command reads stdin and writes stdout.
 #include "edgeattn/engine.hpp"
 #include "edgeattn/sampling.hpp"
+#include "narrow_floats.h"
 #include "sha256.h"
 
 #include <algorithm>
@@ -48,6 +49,18 @@ void picks()
         {
             std::cout << static_cast<int>(error.code()) << ": " << error.what() << '\n';
         }
+    }
+}
+
+//! Floats to the bits of the nearest fp16 and bf16, and of what these are in fp32.
+void narrows()
+{
+    for (float x = 0; read(&x, 1);)
+    {
+        uint16_t const narrow[2] = {edgeattn::to_float16(x), edgeattn::to_bfloat16(x)};
+        float const wide[2] = {edgeattn::from_float16(narrow[0]), edgeattn::from_bfloat16(narrow[1])};
+        std::cout.write(reinterpret_cast<char const*>(narrow), sizeof narrow);
+        std::cout.write(reinterpret_cast<char const*>(wide), sizeof wide);
     }
 }
 
@@ -106,5 +119,10 @@ void sha256()
 int main(int argc, char** argv)
 {
     std::string const command = argc == 2 ? argv[1] : "";
-    command == "exp" ? exps() : command == "pick" ? picks() : command == "open" ? opens() : command == "engine" ? engines() : sha256();
+    command == "exp"      ? exps()
+        : command == "pick"   ? picks()
+        : command == "open"   ? opens()
+        : command == "engine" ? engines()
+        : command == "narrow" ? narrows()
+                              : sha256();
 }

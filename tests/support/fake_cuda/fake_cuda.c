@@ -1,15 +1,16 @@
 // A libcuda that answers from the environment, for machines without a GPU:
 //   FAKE_CUDA_NAME, FAKE_CUDA_SM (87), FAKE_CUDA_MEMORY and FAKE_CUDA_FREE (bytes), FAKE_CUDA_DRIVER (13020),
 //   FAKE_CUDA_COUNT (devices), FAKE_CUDA_INTEGRATED (0 or 1),
-//   FAKE_CUDA_FAIL=FUNCTION:CODE lets one function fail with a CUresult.
-// Memory is the host's, filled with 0xFF (NaN) when it is fresh; a stream does its work at once.
+//   FAKE_CUDA_FAIL=FUNCTION:CODE lets one function fail with a CUresult; FUNCTION:CODE:N, the one call after N.
+// Memory is the host's, filled with 0xFF (NaN) when it is fresh; a stream does its work at once, or records it.
 // FAKE_CUDA_MOST (bytes) is what may be allocated in all.
 // A context that is pushed, popped or released out of order is an error, as it would be in the real one.
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_CONTEXT = 201 };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_CONTEXT = 201,
+    CAPTURE_UNSUPPORTED = 900 };
 
 static int initialised, retained, pushed, stream;
 static size_t allocated;
@@ -24,9 +25,12 @@ static int outcome(char const* function)
 {
     char const* fail = getenv("FAKE_CUDA_FAIL");
     size_t const length = strlen(function);
+    static long long calls;
     if (fail && !strncmp(fail, function, length) && fail[length] == ':')
     {
-        return atoi(fail + length + 1);
+        char* end;
+        int const code = (int) strtol(fail + length + 1, &end, 10);
+        return *end != ':' || calls++ == atoll(end + 1) ? code : 0;
     }
     return 0;
 }
@@ -178,25 +182,159 @@ int cuStreamDestroy_v2(void* destroyed)
 
 int cuStreamSynchronize(void* waited)
 {
-    return waited == &stream ? outcome("cuStreamSynchronize") : INVALID_VALUE;
+    return waited == &stream && pushed ? outcome("cuStreamSynchronize") : INVALID_VALUE;
+}
+
+// Work that a stream is given: recorded while it captures, else done at once.
+typedef struct Work
+{
+    void (*run)(void*);
+    void (*release)(void*);
+    void* argument;
+    struct Work* next;
+} Work;
+
+static Work* captured;
+static Work** captured_end;
+static int capturing, failed_capture, graphs;
+
+static int usable_stream(void const* on)
+{
+    int const failed = !pushed || on != &stream ? INVALID_CONTEXT : 0;
+    // None of the copies below is meant to be recorded.
+    failed_capture |= capturing;
+    return failed ? failed : capturing ? CAPTURE_UNSUPPORTED : 0;
 }
 
 int cuMemsetD8Async(unsigned long long address, unsigned char value, size_t bytes, void* on)
 {
-    memset((void*) address, value, bytes);
-    return pushed && on == &stream ? 0 : INVALID_CONTEXT;
+    int const failed = usable_stream(on);
+    if (!failed)
+    {
+        memset((void*) address, value, bytes);
+    }
+    return failed ? failed : outcome("cuMemsetD8Async");
 }
 
 int cuMemcpyHtoDAsync_v2(unsigned long long target, void const* source, size_t bytes, void* on)
 {
-    memcpy((void*) target, source, bytes);
-    return pushed && on == &stream ? outcome("cuMemcpyHtoDAsync_v2") : INVALID_CONTEXT;
+    int const failed = usable_stream(on);
+    if (!failed)
+    {
+        memcpy((void*) target, source, bytes);
+    }
+    return failed ? failed : outcome("cuMemcpyHtoDAsync_v2");
 }
 
 int cuMemcpyDtoHAsync_v2(void* target, unsigned long long source, size_t bytes, void* on)
 {
-    memcpy(target, (void const*) source, bytes);
-    return pushed && on == &stream ? outcome("cuMemcpyDtoHAsync_v2") : INVALID_CONTEXT;
+    int const failed = usable_stream(on);
+    if (!failed)
+    {
+        memcpy(target, (void const*) source, bytes);
+    }
+    return failed ? failed : outcome("cuMemcpyDtoHAsync_v2");
+}
+
+//! What a fake TensorRT calls in place of launching kernels; `release` frees the argument.
+void fakeCudaEnqueue(void (*run)(void*), void (*release)(void*), void* argument)
+{
+    if (!capturing)
+    {
+        run(argument);
+        release(argument);
+        return;
+    }
+    Work* work = malloc(sizeof *work);
+    *work = (Work) {run, release, argument, NULL};
+    *captured_end = work;
+    captured_end = &work->next;
+}
+
+static void free_work(Work* work)
+{
+    while (work)
+    {
+        Work* const next = work->next;
+        work->release(work->argument);
+        free(work);
+        work = next;
+    }
+}
+
+int cuStreamBeginCapture_v2(void* on, int mode)
+{
+    int const failed = mode < 0 || mode > 2 ? INVALID_VALUE : usable_stream(on);
+    int const injected = failed ? failed : outcome("cuStreamBeginCapture_v2");
+    capturing = !injected;
+    failed_capture = 0;
+    captured = NULL;
+    captured_end = &captured;
+    return injected;
+}
+
+int cuStreamEndCapture(void* on, void** graph)
+{
+    int const failed = on != &stream || !capturing ? INVALID_VALUE
+        : failed_capture ? CAPTURE_UNSUPPORTED : outcome("cuStreamEndCapture");
+    capturing = 0;
+    *graph = NULL;
+    if (failed)
+    {
+        free_work(captured);
+        return failed;
+    }
+    Work** held = malloc(sizeof *held);
+    *held = captured;
+    *graph = held;
+    ++graphs;
+    return 0;
+}
+
+// An executable graph takes over the work of the one it is made of, which keeps none.
+int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long flags)
+{
+    int const failed = flags ? INVALID_VALUE : outcome("cuGraphInstantiateWithFlags");
+    *exec = NULL;
+    if (!failed)
+    {
+        Work** held = malloc(sizeof *held);
+        *held = *(Work**) graph;
+        *(Work**) graph = NULL;
+        *exec = held;
+        ++graphs;
+    }
+    return failed;
+}
+
+int cuGraphLaunch(void* exec, void* on)
+{
+    int const failed = usable_stream(on);
+    int const injected = failed ? failed : outcome("cuGraphLaunch");
+    for (Work* work = injected ? NULL : *(Work**) exec; work; work = work->next)
+    {
+        work->run(work->argument);
+    }
+    return injected;
+}
+
+int cuGraphDestroy(void* graph)
+{
+    free_work(*(Work**) graph);
+    free(graph);
+    --graphs;
+    return pushed ? 0 : INVALID_CONTEXT;
+}
+
+int cuGraphExecDestroy(void* exec)
+{
+    return cuGraphDestroy(exec);
+}
+
+//! What a test asks: graphs that were not destroyed.
+int fakeCudaGraphsLeft(void)
+{
+    return graphs;
 }
 
 //! What a test asks: memory that is in use.
