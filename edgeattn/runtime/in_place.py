@@ -79,6 +79,7 @@ class InPlaceRunner(ABC):
             if buffer.step is None:
                 buffer.step = self._bind_step(buffer, batch)
             inputs = buffer.step.inputs
+            buffer.step.logits.bind()
         self._fill(inputs, feeds)
         self._session.run_with_iobinding(buffer.binding)
         return self._outputs(buffer), claimed
@@ -118,12 +119,9 @@ class InPlaceRunner(ABC):
 
     def _bind_step(self, buffer: Buffer, batch: int) -> DecodeStep:
         """Binds arrays that all decode steps fill and read."""
-        from onnxruntime import OrtValue
-
-        size = (batch, 1, self._logits.shape[2])
-        logits = np.zeros(size, NUMPY_DTYPES[self._logits.type])
-        buffer.binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
-        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), Results(logits))
+        size, dtype = (batch, 1, self._logits.shape[2]), NUMPY_DTYPES[self._logits.type]
+        logits = Results(buffer.binding, "logits", size, dtype)
+        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), logits)
 
     def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
         names = self._others if buffer.step else [*self._others, "logits"]
@@ -134,7 +132,7 @@ class InPlaceRunner(ABC):
             for place, name in enumerate(names, start=len(buffer.arrays)):
                 outputs[name] = np.from_dlpack(values[place])
         if buffer.step:
-            outputs["logits"] = buffer.step.logits.copy()
+            outputs["logits"] = buffer.step.logits.take()
         return outputs
 
 
