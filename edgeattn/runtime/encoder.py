@@ -12,6 +12,7 @@ import numpy as np
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.encoder_shape import EncoderShape, PatchInput, TokenInput
 from edgeattn.errors import RuntimeInputError
+from edgeattn.runtime.arrays import as_array
 from edgeattn.runtime.backend import (
     BackendName,
     BackendOptions,
@@ -149,7 +150,7 @@ class EncoderSession:
         read = self._shape.input
         if not isinstance(read, PatchInput):
             raise _wrong_input("images", "texts", "run")
-        pixels = np.asarray(pixel_values)
+        pixels = as_array("pixel_values", pixel_values)
         size = (read.channels, read.height, read.width)
         if pixels.ndim != 4 or pixels.shape[1:] != size or not len(pixels):
             raise RuntimeInputError(
@@ -163,7 +164,7 @@ class EncoderSession:
                 came=f"they are {pixels.dtype}" if pixels.dtype.kind != "f" else "some are not",
                 todo="scale and normalise them as the model was trained",
             )
-        return self._backend.run({"pixel_values": pixels.astype(np.float32)})
+        return self._backend.run({"pixel_values": pixels.astype(np.float32, copy=False)})
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids and attention mask of texts, `[B, T]` each, padded on the right.

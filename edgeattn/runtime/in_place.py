@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn.runtime.arrays import of_value
 from edgeattn.runtime.kv_buffer import (
     NUMPY_DTYPES,
     PAST,
@@ -130,7 +131,7 @@ class InPlaceRunner(ABC):
             # They come in the order they were bound first: the cache, the others, the logits.
             values = buffer.binding.get_outputs_as_ortvaluevector()
             for place, name in enumerate(names, start=len(buffer.arrays)):
-                outputs[name] = np.from_dlpack(values[place])
+                outputs[name] = of_value(values[place])
         if buffer.step:
             outputs["logits"] = buffer.step.logits.take()
         return outputs
