@@ -18,7 +18,7 @@ from encoders import inputs_of, save_embedder, save_encoder
 
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.engine.flavours import TENSORRT_RTX
-from edgeattn.errors import BundleError, EdgeattnError, ProofError
+from edgeattn.errors import BundleError, EdgeattnError, ProofError, RuntimeInputError
 from edgeattn.pipeline import default_output, export, plan_export, verify_bundle
 from edgeattn.recipe import Recipe
 from edgeattn.runtime import EncoderSession, Session
@@ -228,6 +228,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         (pixels[0], r"\[3, 32, 32\]"),
         ((pixels * 100).astype(np.int64), "int64"),
         (pixels * np.nan, "some are not"),
+        (pixels.astype(np.float64) * 1e300, "some are not"),
     ):
         with pytest.raises(EdgeattnError, match=said):
             session.run_images(wrong)
@@ -235,6 +236,38 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         session.run([[1, 2]])
     with pytest.raises(BundleError, match="--no-verify"):
         verify_bundle(tmp_path / "out")
+
+
+class Silent:
+    """A back end whose output is not finite in one place."""
+
+    def __init__(self, *shape: int, bad: tuple[int, ...]) -> None:
+        self._output = np.zeros(shape, np.float32)
+        self._output[bad] = np.nan
+
+    def run(self, feeds: object) -> np.ndarray:
+        return self._output
+
+
+def test_an_output_that_is_not_finite_is_refused(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    with pytest.raises(RuntimeInputError, match=r"finite output.*NaN"):
+        EncoderSession(opened, Silent(2, 8, bad=(1, 3))).embed(["a", "b"])
+    ids, mask = [[1, 2], [3, 0]], [[1, 1], [1, 0]]
+    with pytest.raises(RuntimeInputError, match="finite output"):
+        EncoderSession(opened, Silent(2, 2, 8, bad=(1, 0, 3))).run(ids, attention_mask=mask)
+    at_padding = Silent(2, 2, 8, bad=(1, 1, 3))
+    assert EncoderSession(opened, at_padding).run(ids, attention_mask=mask).shape == (2, 2, 8)
+
+
+def test_a_single_text_is_refused(bundle: Path) -> None:
+    """Each of its characters would get a vector."""
+    session = EncoderSession.open(bundle)
+    for call in (session.embed, session.encode):
+        with pytest.raises(RuntimeInputError, match="single text: pass"):
+            call("a cat")
+    with pytest.raises(RuntimeInputError, match="not all in it are texts"):
+        session.embed(["a", 1])  # type: ignore[list-item]
 
 
 def test_a_text_that_does_not_fit_is_refused(bundle: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from edgeattn.bundle.bundle import Bundle
 from edgeattn.encoder_shape import EncoderShape, PatchInput, TokenInput
 from edgeattn.errors import RuntimeInputError
+from edgeattn.runtime.arrays import as_array
 from edgeattn.runtime.backend import (
     BackendName,
     BackendOptions,
@@ -109,7 +110,8 @@ class EncoderSession:
             vectors `[B, hidden]` of length 1, or logits `[B, labels]`; fp32.
 
         Raises:
-            RuntimeInputError: an encoder of images, or a shape, type, id or mask that does not fit.
+            RuntimeInputError: an encoder of images, a shape, type, id or mask that does not fit, or
+                an output that is not finite.
         """
         read = self._shape.input
         if not isinstance(read, TokenInput):
@@ -135,7 +137,10 @@ class EncoderSession:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if read.token_types:
             feeds["token_type_ids"] = _types(token_type_ids, ids, read.token_types)
-        return self._backend.run(feeds)
+        found = self._backend.run(feeds)
+        # token states mean nothing at padding
+        _check_finite(found[mask == 1] if found.ndim == 3 else found)
+        return found
 
     def run_images(self, pixel_values: ArrayLike) -> NDArray[np.float32]:
         """Runs the encoder on images: as `run`, the tokens being class token and patches.
@@ -144,12 +149,13 @@ class EncoderSession:
             pixel_values: `[B, C, height, width]`, scaled and normalised as the model was trained.
 
         Raises:
-            RuntimeInputError: an encoder of texts, or images of another size.
+            RuntimeInputError: an encoder of texts, images of another size, or an output that is not
+                finite.
         """
         read = self._shape.input
         if not isinstance(read, PatchInput):
             raise _wrong_input("images", "texts", "run")
-        pixels = np.asarray(pixel_values)
+        pixels = as_array("pixel_values", pixel_values)
         size = (read.channels, read.height, read.width)
         if pixels.ndim != 4 or pixels.shape[1:] != size or not len(pixels):
             raise RuntimeInputError(
@@ -157,21 +163,29 @@ class EncoderSession:
                 came=f"the shape is {list(pixels.shape)}",
                 todo="scale them to that size",
             )
-        if pixels.dtype.kind != "f" or not np.isfinite(pixels).all():
+        given, kind = pixels.dtype, pixels.dtype.kind
+        if kind == "f":
+            with np.errstate(over="ignore"):  # what float32 cannot hold is refused
+                pixels = pixels.astype(np.float32, copy=False)
+        if kind != "f" or not np.isfinite(pixels).all():
             raise RuntimeInputError(
                 expected="pixels as finite floating-point numbers",
-                came=f"they are {pixels.dtype}" if pixels.dtype.kind != "f" else "some are not",
+                came=f"they are {given}" if kind != "f" else "some are not",
                 todo="scale and normalise them as the model was trained",
             )
-        return self._backend.run({"pixel_values": pixels.astype(np.float32)})
+        found = self._backend.run({"pixel_values": pixels})
+        _check_finite(found)
+        return found
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids and attention mask of texts, `[B, T]` each, padded on the right.
 
         Raises:
-            RuntimeInputError: no text, or one that is empty or longer than the context.
+            RuntimeInputError: no text, or one that is empty or longer than the context, or a single
+                one instead of several.
             BundleError: the bundle has no tokenizer.
         """
+        _check_texts(texts)
         rows = [self.text.encode(text) for text in texts]
         if not rows or not all(rows):
             raise RuntimeInputError(
@@ -202,6 +216,7 @@ class EncoderSession:
                 came=f"it is {self._shape.task}",
                 todo="export it with --task embedding",
             )
+        _check_texts(texts)
         found = np.zeros((len(texts), self._shape.hidden_size), np.float32)
         for places in _batches(texts, rows):
             ids, mask = self.encode([texts[i] for i in places])
@@ -235,6 +250,25 @@ def _types(values: ArrayLike | None, ids: NDArray[np.int64], token_types: int) -
         )
     _check_below("token_type_ids", types, token_types)
     return types
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    # a text is a sequence of texts, too: its characters
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise RuntimeInputError(
+            expected="a list of texts",
+            came="it is a single text" if isinstance(texts, str) else "not all in it are texts",
+            todo="pass [text]",
+        )
+
+
+def _check_finite(found: NDArray[np.float32]) -> None:
+    if not np.isfinite(found).all():
+        raise RuntimeInputError(
+            expected="a finite output",
+            came="the model returned NaN or infinity",
+            todo="run `edgeattn verify` on the bundle; fp16 may be too narrow for this model",
+        )
 
 
 def _check_below(name: str, ids: NDArray[np.int64], limit: int) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from edgeattn.bundle.bundle import TOKENIZER
 from edgeattn.errors import UsageError
 from edgeattn.runtime.prompt import check_token_ids, encode_prompt
@@ -243,7 +241,7 @@ class TokenStream(Iterator[Token]):
         return token_id
 
     def _run(self, ids: Sequence[int]) -> Step:
-        step = self._session.run(np.array([ids], np.int64), self._state)
+        step = self._session.run([ids], self._state)
         self._state = step.state
         return step
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn.runtime.arrays import of_value
 from edgeattn.runtime.kv_buffer import (
     NUMPY_DTYPES,
     PAST,
@@ -79,6 +80,7 @@ class InPlaceRunner(ABC):
             if buffer.step is None:
                 buffer.step = self._bind_step(buffer, batch)
             inputs = buffer.step.inputs
+            buffer.step.logits.bind()
         self._fill(inputs, feeds)
         self._session.run_with_iobinding(buffer.binding)
         return self._outputs(buffer), claimed
@@ -118,12 +120,9 @@ class InPlaceRunner(ABC):
 
     def _bind_step(self, buffer: Buffer, batch: int) -> DecodeStep:
         """Binds arrays that all decode steps fill and read."""
-        from onnxruntime import OrtValue
-
-        size = (batch, 1, self._logits.shape[2])
-        logits = np.zeros(size, NUMPY_DTYPES[self._logits.type])
-        buffer.binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
-        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), Results(logits))
+        size, dtype = (batch, 1, self._logits.shape[2]), NUMPY_DTYPES[self._logits.type]
+        logits = Results(buffer.binding, "logits", size, dtype)
+        return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), logits)
 
     def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
         names = self._others if buffer.step else [*self._others, "logits"]
@@ -132,9 +131,9 @@ class InPlaceRunner(ABC):
             # They come in the order they were bound first: the cache, the others, the logits.
             values = buffer.binding.get_outputs_as_ortvaluevector()
             for place, name in enumerate(names, start=len(buffer.arrays)):
-                outputs[name] = np.from_dlpack(values[place])
+                outputs[name] = of_value(values[place])
         if buffer.step:
-            outputs["logits"] = buffer.step.logits.copy()
+            outputs["logits"] = buffer.step.logits.take()
         return outputs
 
 

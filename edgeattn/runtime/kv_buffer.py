@@ -7,6 +7,7 @@ to it, any older one gets a copy first.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, IOBinding
 
 PAST, PRESENT = "past_key_values.", "present."
 # Results that a loop holds at once: the last, and the one it is replaced by.
@@ -62,36 +63,52 @@ class Prefix:
 
 
 class Results:
-    """Copies of an array, each in memory of an earlier copy that nobody holds any more.
+    """An output's memory: the same for each run, and other memory where a result is still held.
 
-    The logits of a step are of a size that the allocator takes from the system and gives back each
-    time, which costs more than the copy.
+    Fresh memory each time would be taken from the system and given back, and a copy of the logits
+    costs as much.
 
     Args:
-        source: the array, which is written again and again.
+        binding: of the session.
+        name: of the output.
+        shape: of the output.
+        dtype: of the output.
     """
 
-    def __init__(self, source: NDArray[Any]) -> None:
-        self._source = source
-        self._slots = [_Slot(bytearray(source.nbytes)) for _ in range(_SLOTS)]
+    def __init__(
+        self, binding: IOBinding, name: str, shape: tuple[int, ...], dtype: type[np.generic]
+    ) -> None:
+        self._binding, self._name, self._shape, self._dtype = binding, name, shape, dtype
+        self._slots: list[_Slot] = []
+        self._bound: _Slot | None = None
 
-    def copy(self) -> NDArray[Any]:
-        """What the array holds now."""
-        slot = next((slot for slot in self._slots if slot.user() is None), None)
+    def bind(self) -> None:
+        """Binds memory that nobody reads, before a run."""
+        slot = next((slot for slot in self._slots if slot.reader() is None), None)
         if slot is None:
-            return self._source.copy()
-        whole = np.frombuffer(slot.memory, self._source.dtype)
+            slot = _Slot(self._shape, self._dtype)
+            self._slots = [*self._slots, slot][-_SLOTS:]
+        if slot is not self._bound:
+            self._binding.bind_ortvalue_output(self._name, slot.value)
+            self._bound = slot
+
+    def take(self) -> NDArray[Any]:
+        """What the run wrote; it stays as it is as long as somebody holds it or a view of it."""
+        assert self._bound is not None
+        whole = np.frombuffer(self._bound.memory, self._dtype)
         # Not the array that is returned: a view of that keeps only this one alive.
-        slot.user = weakref.ref(whole)
-        copy = whole.reshape(self._source.shape)
-        copy[...] = self._source
-        return copy
+        self._bound.reader = weakref.ref(whole)
+        return whole.reshape(self._shape)
 
 
-@dataclass
 class _Slot:
-    memory: bytearray
-    user: Callable[[], object] = lambda: None
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+        from onnxruntime import OrtValue
+
+        self.memory = bytearray(math.prod(shape) * np.dtype(dtype).itemsize)
+        array = np.frombuffer(self.memory, dtype).reshape(shape)
+        self.value = OrtValue.ortvalue_from_numpy(array)
+        self.reader: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from edgeattn.errors import RuntimeInputError, UsageError
+from edgeattn.runtime.arrays import as_array
 from edgeattn.runtime.session import Session
 
 
@@ -58,7 +57,7 @@ def check_token_ids(session: Session, values: Sequence[int]) -> list[int]:
     Raises:
         RuntimeInputError: they are no whole numbers, or outside the vocabulary.
     """
-    array = np.asarray(values)
+    array = as_array("token ids", values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise RuntimeInputError(
             expected="token ids as one row of whole numbers",

@@ -109,10 +109,11 @@ def _ordered(
     Logit and id are packed into one integer per candidate, because sorting integers is several
     times faster than a stable sort of 150 thousand floats.
     """
-    ids = np.arange(len(logits))
     if 0 < top_k < len(logits):
         # The k-th largest and all that equal it; few are left to order.
         ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    else:
+        ids = np.arange(len(logits))
     values = logits[ids] + np.float32(0)  # -0.0 becomes 0.0: they are equal, their bits are not
     bits = values.view(np.int32).astype(np.int64)
     ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

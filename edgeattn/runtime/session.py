@@ -14,6 +14,7 @@ import numpy as np
 from edgeattn.attention import HeadSparseRequest, parse_attention
 from edgeattn.bundle.bundle import CONFIG, GENERATION_CONFIG, Bundle
 from edgeattn.errors import BundleError, RuntimeInputError
+from edgeattn.runtime.arrays import as_array
 from edgeattn.runtime.backend import Backend, BackendName, BackendOptions, open_backend
 from edgeattn.runtime.text import Text
 
@@ -47,8 +48,8 @@ class Step:
     """The outcome of one run.
 
     Attributes:
-        logits: `[B, T, V]` fp32; `[B, 1, V]` for a bundle exported with last-position logits. They
-            may lie in memory of ONNX Runtime and be read-only: copy them before changing them.
+        logits: `[B, T, V]` fp32; `[B, 1, V]` for a bundle exported with last-position logits. Yours
+            to change; `torch.from_dlpack` takes them without a copy.
         likeliest: `[B, T]`, the id of the largest logit, of equal ones the smallest.
         state: pass it to the next run.
     """
@@ -183,7 +184,7 @@ class Session:
         """Runs the model on new tokens.
 
         Args:
-            input_ids: `[B, T]`, whole numbers, T >= 1.
+            input_ids: `[B, T]`, whole numbers, T >= 1; also a tensor with DLPack, as torch's.
             state: of the tokens before, from an earlier run of this session; it stays valid.
             attention_mask: `[B, T]`, 1 at tokens and 0 at padding, which must be on the right;
                 None when there is none. Ids at padding count for nothing, logits there mean
@@ -282,14 +283,11 @@ def whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     Raises:
         RuntimeInputError: they are no whole numbers, or form no array.
     """
-    try:
-        array = np.asarray(values)
-    except ValueError:  # rows of different lengths
-        array = np.empty(0)
+    array = as_array(name, values)
     if array.dtype.kind not in "iu":
         raise RuntimeInputError(
             expected=f"{name} as whole numbers in rows of one length",
-            came=f"an array of {array.dtype} came" if array.size else "they form no array",
+            came=f"an array of {array.dtype} came",
             todo="pass an int64 array of shape [batch, length]",
         )
     return array.astype(np.int64, copy=False)
@@ -322,9 +320,8 @@ def check_mask(attention_mask: ArrayLike, ids: NDArray[np.int64]) -> NDArray[np.
     Raises:
         RuntimeInputError: it does not fit the ids, or is not ones, then zeros in each row.
     """
-    if np.asarray(attention_mask).dtype == np.bool_:
-        attention_mask = np.asarray(attention_mask, np.int64)
-    mask = whole_numbers("attention_mask", attention_mask)
+    mask = as_array("attention_mask", attention_mask)
+    mask = whole_numbers("attention_mask", mask.view(np.uint8) if mask.dtype == np.bool_ else mask)
     if mask.shape != ids.shape:
         raise RuntimeInputError(
             expected=f"an attention_mask of shape {list(ids.shape)}, as input_ids has",

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character is at most 4 bytes, so at most 4 tokens; what is unfinished after more never will be.
 _MOST_HELD_BACK = 4
-# Tokens before a new one that are decoded with it, at least and at most; most decoders look back at
-# one. Between the two the text of the last time need not be decoded again.
-_CONTEXT, _MOST_CONTEXT = 6, 24
+# Tokens of the prompt that a stream starts from; most decoders look back at one.
+_CONTEXT = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,6 @@ class TextStream:
         self._text = text
         # The text of a token depends on the one before: some decoders drop a leading space.
         self._known = list(prompt_ids[-_CONTEXT:])
-        self._known_text = self._whole = text.decode(self._known)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str | None:
@@ -128,20 +126,17 @@ class TextStream:
         return self._release(self._piece()) if self._pending else ""
 
     def _piece(self) -> str:
-        self._whole = self._text.decode([*self._known, *self._pending])
-        if self._whole.startswith(self._known_text):
-            return self._whole[len(self._known_text) :]
+        known = self._text.decode(self._known)
+        whole = self._text.decode([*self._known, *self._pending])
+        if whole.startswith(known):
+            return whole[len(known) :]
         # Byte tokens: an unfinished character spoils the whole ones right before it.
         return self._text.decode(self._pending)
 
     def _release(self, piece: str) -> str:
         # Only special tokens gave no text; they need not become the context of the next.
         if piece:
-            self._known += self._pending
-            self._known_text = self._whole
-            if len(self._known) > _MOST_CONTEXT:
-                self._known = self._known[-_CONTEXT:]
-                self._known_text = self._text.decode(self._known)
+            self._known = [*self._known, *self._pending][-_CONTEXT:]
         self._pending = []
         return piece
 

@@ -157,15 +157,14 @@ class Guard:
             raise Refusal(408, "the request took too long to arrive", "timeout") from None
 
     async def _read(self, receive: Receive) -> bytes | None:
-        body, more = bytearray(), True
+        body, more, most = bytearray(), True, self._limits.body_bytes
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self._limits.body_bytes:
-                most = self._limits.body_bytes
+            if len(body) > most:
                 raise Refusal(413, f"the request is larger than {most} bytes", "too_large")
         return bytes(body)
 
@@ -252,10 +251,14 @@ class Server:
         self._thread = ThreadPoolExecutor(1, "model")
         self._started = int(time.time())
 
-    def models(self) -> list[dict[str, Any]]:
-        """What there is to ask for."""
-        about = {"object": "model", "created": self._started, "owned_by": "edgeattn"}
-        return [{"id": name, **about} for name in self._sessions]
+    async def models(self) -> dict[str, Any]:
+        """/v1/models."""
+        return {"object": "list", "data": [await self.model(name) for name in self._sessions]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """/v1/models/NAME."""
+        self._find(name, object, "")
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "edgeattn"}
 
     async def complete(self, asked: CompletionAsked, request: Request) -> Response:
         """/v1/completions."""
@@ -273,9 +276,8 @@ class Server:
         completion = Completion(asked, tokens, stops)
         pieces = self._pieces(completion)
         if asked.stream:
-            return StreamingResponse(
-                self._events(completion, pieces, asked), media_type="text/event-stream"
-            )
+            events = self._events(completion, pieces, asked)
+            return StreamingResponse(events, media_type="text/event-stream")
         text = ""
         async for piece in pieces:
             text += piece
@@ -366,10 +368,8 @@ def make_app(sessions: dict[str, Session | EncoderSession], limits: Limits) -> G
     for kind in (Refusal, EdgeattnError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, refuse)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": server.models()}
-
+    app.get("/v1/models")(server.models)
+    app.get("/v1/models/{name:path}")(server.model)
     app.post("/v1/completions", response_model=None)(server.complete)
     app.post("/v1/embeddings", response_model=None)(server.embed)
     return Guard(app, limits)

@@ -103,7 +103,16 @@ def expected(sessions: dict[str, Any]) -> Callable[..., Any]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["decoder", "embedder"]
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == ["decoder", "embedder"]
+    assert [client.models.retrieve(model.id) for model in listed] == listed
+
+
+@pytest.mark.parametrize("name", ["absent", "some/absent", "décodeur", "decoder "])
+def test_an_unknown_model(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="known are decoder, embedder") as refusal:
+        client.models.retrieve(name)
+    assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
 
 
 def test_completion(client: openai.OpenAI, expected: Callable[..., Any]) -> None:
