@@ -1,6 +1,7 @@
 #include "loaded_model.h"
 
 #include "adapters.h"
+#include "edgeattn/plugin_library.hpp"
 #include "mapped_file.h"
 #include "narrow_floats.h"
 
@@ -16,14 +17,6 @@ namespace
 {
 
 constexpr size_t kAlignment = 256; // what TensorRT asks of an address
-
-#if defined(__aarch64__)
-char const* const kArch = "aarch64";
-#elif defined(__x86_64__)
-char const* const kArch = "x86_64";
-#else
-#error "an engine's processor is named in its record: add this one to edgeattn/bundle"
-#endif
 
 size_t width(DataType dtype)
 {
@@ -129,7 +122,7 @@ Gpu::Address Arena::at(size_t offset) const
 LoadedModel::LoadedModel(Bundle const& bundle, std::string const& named)
     : mGpu(std::make_unique<Gpu>())
 {
-    Engine const engine = choose_engine(bundle, mGpu->sm(), kArch, named);
+    Engine const engine = choose_engine(bundle, mGpu->sm(), processor(), named);
     mName = std::filesystem::path(engine.path).filename().string();
     if (engine.record.stripped)
     {

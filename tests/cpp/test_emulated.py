@@ -7,23 +7,20 @@ library built without -ffp-contract=off give other numbers.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cmake_projects import configure, run
+from cmake_projects import configure, emulator, run
 
 from edgeattn.engine.toolchain import find_cmake
 from edgeattn.runtime.sampling import Sampling, exp, philox
 
 VECTORS = Path(__file__).parents[1] / "runtime" / "sampling_vectors.json"
 CONSUMER = Path(__file__).with_name("consumer")
-SYSROOT = os.environ.get("QEMU_LD_PREFIX", "/usr/aarch64-linux-gnu")
 Ask = Callable[[Sequence[str]], list[str]]
 
 
@@ -34,13 +31,8 @@ def ask(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Ask:
     """A function from commands to the lines an application answers with."""
-    arch, runner = request.param, []
-    if arch != platform.machine():
-        if shutil.which(f"qemu-{arch}") is None:
-            pytest.skip(f"needs qemu-{arch} (apt install qemu-user)")
-        if not Path(SYSROOT, "lib", "libc.so.6").is_file():
-            pytest.skip("needs an aarch64 C library (apt install libc6-arm64-cross)")
-        runner = [f"qemu-{arch}", "-L", SYSROOT]
+    arch = request.param
+    runner = emulator(arch)
     folder = tmp_path_factory.mktemp(f"consumer-{arch}")
     found = f"-Dedgeattn_ROOT={installed(arch) / 'prefix'}"
     configure(CONSUMER, folder, arch, found, "-DCMAKE_FIND_ROOT_PATH_MODE_PACKAGE=BOTH")

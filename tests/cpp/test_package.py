@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import edgeattn
-from edgeattn.engine.toolchain import find_cmake
+from edgeattn.engine.toolchain import find_cmake, find_compiler
 
 APP_CMAKE = f"""\
 cmake_minimum_required(VERSION 3.22)
@@ -111,7 +111,7 @@ def test_pkg_config_names_the_library(runtime: Any) -> None:
 
     assert asked("--modversion") == edgeattn.__version__
     assert asked("--libs") == f"-L{folder.parent} -ledgeattn"
-    assert asked("--cflags") == f"-I{runtime.prefix / 'include'}"
+    assert asked("--cflags").split()[0] == f"-I{runtime.prefix / 'include'}"
 
 
 def test_a_missing_json_header_is_named(tmp_path: Path) -> None:
@@ -124,3 +124,24 @@ def test_a_missing_json_header_is_named(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "install Debian's nlohmann-json3-dev" in " ".join(done.stderr.split())
+
+
+def test_another_standard_library_is_refused_when_an_app_is_compiled(
+    runtime: Any, tmp_path: Path
+) -> None:
+    """Strings of two of them have two layouts: it would crash, or worse, when it runs."""
+    (tmp_path / "app.cpp").write_text(APP)
+    compiler = find_compiler(platform.machine())
+    command = [*compiler, "-std=c++17", "-fsyntax-only", f"-I{runtime.prefix / 'include'}"]
+    other = int("g++" in compiler[0])
+    for with_libcpp in (other, 1 - other):
+        done = subprocess.run(
+            [*command, f"-DEDGEATTN_WITH_LIBCPP={with_libcpp}", tmp_path / "app.cpp"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        refused = "C++ library: use its C header" in done.stderr
+        assert refused == bool(done.returncode) == (with_libcpp == other), done.stderr
+    compiled = next(runtime.prefix.glob("lib*/cmake/edgeattn/edgeattnConfig.cmake")).read_text()
+    assert f'INTERFACE_COMPILE_DEFINITIONS "EDGEATTN_WITH_LIBCPP={1 - other}"' in compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,6 +29,18 @@ def json_include() -> Path:
     if (spec := find_spec("nlohmann_json")) and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0], "include")
     return Path("/usr/include")
+
+
+def emulator(arch: str) -> tuple[str, ...]:
+    """What starts programs for a processor, nothing for this machine's; or skips the test."""
+    if arch == platform.machine():
+        return ()
+    sysroot = os.environ.get("QEMU_LD_PREFIX", f"/usr/{arch}-linux-gnu")
+    if shutil.which(f"qemu-{arch}") is None:
+        pytest.skip(f"needs qemu-{arch} (apt install qemu-user)")
+    if not Path(sysroot, "lib", "libc.so.6").is_file():
+        pytest.skip(f"needs a C library for {arch} (apt install libc6-arm64-cross)")
+    return (f"qemu-{arch}", "-L", sysroot)
 
 
 def configure(sources: Path, build: Path, arch: str, *given: str) -> None:

@@ -5,6 +5,13 @@
 #include <stdexcept>
 #include <string>
 
+// Of libedgeattn, whose package defines it: its strings and exceptions are those of one standard library.
+#if defined(EDGEATTN_WITH_LIBCPP) && EDGEATTN_WITH_LIBCPP && !defined(_LIBCPP_VERSION)
+#error "this libedgeattn was built with LLVM's C++ library: use its C header edgeattn/edgeattn.h, or build it yourself"
+#elif defined(EDGEATTN_WITH_LIBCPP) && !EDGEATTN_WITH_LIBCPP && defined(_LIBCPP_VERSION)
+#error "this libedgeattn was built with GNU's C++ library: use its C header edgeattn/edgeattn.h, or build it yourself"
+#endif
+
 #if defined(__GNUC__)
 #define EDGEATTN_API __attribute__((visibility("default")))
 #else

@@ -135,7 +135,7 @@ int cuMemGetInfo_v2(size_t* free_bytes, size_t* total)
     return pushed ? outcome("cuMemGetInfo_v2") : INVALID_CONTEXT;
 }
 
-// Every piece keeps its size in front of it.
+// Every piece keeps its size in front of it. HEADER is the alignment, too, that of the real one.
 enum { HEADER = 256 };
 
 int cuMemAlloc_v2(unsigned long long* address, size_t bytes)
@@ -149,7 +149,7 @@ int cuMemAlloc_v2(unsigned long long* address, size_t bytes)
     {
         return OUT_OF_MEMORY;
     }
-    char* piece = malloc(HEADER + bytes);
+    char* piece = aligned_alloc(HEADER, (HEADER + bytes + HEADER - 1) / HEADER * HEADER);
     memcpy(piece, &bytes, sizeof bytes);
     memset(piece + HEADER, 0xFF, bytes);
     allocated += bytes;
