@@ -74,7 +74,7 @@ def find_toolchain(arch: str, *, tensorrt: Path | None = None) -> Toolchain:
             todo="name the folder that holds TensorRT's headers",
         )
     return Toolchain(
-        arch, find_compiler(arch), find_cmake(), tensorrt or _find_tensorrt(), _find_cuda()
+        arch, find_compiler(arch), find_cmake(), tensorrt or _find_tensorrt(), find_cuda()
     )
 
 
@@ -223,7 +223,12 @@ def _find_tensorrt() -> Path:
     )
 
 
-def _find_cuda() -> Path:
+def find_cuda() -> Path:
+    """The folder of CUDA's headers.
+
+    Raises:
+        MissingDependencyError: there are none.
+    """
     wheels: list[Path] = []
     for package in ("nvidia.cuda_runtime", "nvidia.cu13"):
         spec = _find_nested(package)

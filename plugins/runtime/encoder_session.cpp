@@ -21,21 +21,12 @@ public:
         , mRuns(true)
     {
         Gpu::Current const current(mModel.gpu());
-        std::map<std::string, size_t> most;
-        for (int32_t profile = 0; profile < mModel.profiles(); ++profile)
+        std::set<std::string> names{mOutput.name};
+        for (Tensor const* tensor : inputs())
         {
-            std::map<std::string, Shape> shapes = mModel.largest_inputs(profile);
-            mModel.set_shapes(profile, shapes);
-            shapes[mOutput.name] = mModel.output_shape(profile, mOutput.name);
-            for (auto const& [name, shape] : shapes)
-            {
-                most[name] = std::max(most[name], bytes_of(mModel.find(name)->dtype, shape));
-            }
+            names.insert(tensor->name);
         }
-        for (auto const& [name, bytes] : most)
-        {
-            mOffsets[name] = mArena.plan(bytes);
-        }
+        mOffsets = mModel.plan(mArena, names);
         mArena.allocate(mModel.gpu());
     }
 

@@ -187,6 +187,34 @@ std::map<std::string, Shape> LoadedModel::largest_inputs(int32_t profile) const
     return shapes;
 }
 
+std::map<std::string, size_t> LoadedModel::plan(
+    Arena& arena, std::set<std::string> const& names, std::optional<int64_t> rows)
+{
+    std::map<std::string, size_t> most, offsets;
+    for (int32_t profile = 0; profile < profiles(); ++profile)
+    {
+        std::map<std::string, Shape> shapes = largest_inputs(profile);
+        for (auto& [name, shape] : shapes)
+        {
+            shape.at(0) = rows.value_or(shape.at(0));
+        }
+        set_shapes(profile, shapes);
+        for (Tensor const& tensor : mTensors)
+        {
+            if (names.count(tensor.name))
+            {
+                Shape const shape = tensor.is_input ? shapes.at(tensor.name) : output_shape(profile, tensor.name);
+                most[tensor.name] = std::max(most[tensor.name], bytes_of(tensor.dtype, shape));
+            }
+        }
+    }
+    for (auto const& [name, bytes] : most)
+    {
+        offsets[name] = arena.plan(bytes);
+    }
+    return offsets;
+}
+
 int32_t LoadedModel::choose_profile(std::map<std::string, Shape> const& shapes, std::string const& of) const
 {
     int32_t chosen = -1;

@@ -5,9 +5,10 @@
 #include "edgeattn/engine.hpp"
 #include "gpu.h"
 
-#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -74,6 +75,13 @@ public:
     int32_t profiles() const;
     //! The largest shapes of all inputs by name.
     std::map<std::string, Shape> largest_inputs(int32_t profile) const;
+
+    //! Plans memory for tensors, as much as any profile can ask for.
+    //! \param names of inputs and outputs; those the engine has not are left out.
+    //! \param rows of all shapes, none for as many as the engine was built for.
+    //! \return where each begins.
+    std::map<std::string, size_t> plan(
+        Arena& arena, std::set<std::string> const& names, std::optional<int64_t> rows = std::nullopt);
 
     //! The optimisation profile that holds these shapes of all inputs and is narrowest in the input `of`.
     //! \throws Error kLowering: none does.

@@ -18,6 +18,7 @@ namespace
 
 std::string const kLogits = "logits";
 std::set<std::string> const kInputs{"attention_mask", "input_ids", "position_ids", "write_indices"};
+std::set<std::string> const kTensors{"attention_mask", "input_ids", "logits", "position_ids", "write_indices"};
 
 void require_known_inputs(LoadedModel const& model)
 {
@@ -73,7 +74,7 @@ public:
     {
         mContext = std::min(mFacts.context, mCache.capacity());
         Gpu::Current const current(mModel.gpu());
-        plan_tensors();
+        mOffsets = mModel.plan(mArena, kTensors, mRows);
         mArena.allocate(mModel.gpu());
         forget();
     }
@@ -141,33 +142,6 @@ public:
     }
 
 private:
-    //! Plans memory for what the profiles can take: their largest inputs, with this session's rows.
-    void plan_tensors()
-    {
-        std::map<std::string, size_t> most;
-        for (int32_t profile = 0; profile < mModel.profiles(); ++profile)
-        {
-            std::map<std::string, Shape> shapes = mModel.largest_inputs(profile);
-            for (auto& [name, shape] : shapes)
-            {
-                shape.at(0) = mRows;
-            }
-            mModel.set_shapes(profile, shapes);
-            shapes[kLogits] = mModel.output_shape(profile, kLogits);
-            for (auto const& [name, shape] : shapes)
-            {
-                if (kInputs.count(name) || name == kLogits)
-                {
-                    most[name] = std::max(most[name], bytes_of(mModel.find(name)->dtype, shape));
-                }
-            }
-        }
-        for (auto const& [name, bytes] : most)
-        {
-            mOffsets[name] = mArena.plan(bytes);
-        }
-    }
-
     void forget()
     {
         mCache.clear(mModel.gpu(), mArena);

@@ -12,12 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cmake_projects import configure, json_include, run
+from cmake_projects import configure, cuda_include, json_include, run
 from fake_engine import SM
 from fake_nvinfer.stubs import write_stubs
 
-from edgeattn.engine.toolchain import find_cmake, find_compiler, find_toolchain
-from edgeattn.errors import MissingDependencyError
+from edgeattn.engine.toolchain import find_cmake, find_compiler
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "plugins" / "runtime"
@@ -55,7 +54,7 @@ def installed(
         places = {
             "CMAKE_INSTALL_PREFIX": build / "prefix",
             "EDGEATTN_TENSORRT_INCLUDE": tensorrt_headers,
-            "EDGEATTN_CUDA_INCLUDE": cuda(),
+            "EDGEATTN_CUDA_INCLUDE": cuda_include(),
         }
         configure(SOURCES, build, arch, *(f"-D{name}={place}" for name, place in places.items()))
         run([find_cmake(), "--build", build, "-j2"])
@@ -71,18 +70,10 @@ def sanitized(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) 
     build = tmp_path_factory.mktemp("sanitized")
     arch = platform.machine()
     headers = f"-DEDGEATTN_TENSORRT_INCLUDE={tensorrt_headers}"
-    configure(SOURCES, build, arch, headers, f"-DEDGEATTN_CUDA_INCLUDE={cuda()}", SANITIZE)
+    configure(SOURCES, build, arch, headers, f"-DEDGEATTN_CUDA_INCLUDE={cuda_include()}", SANITIZE)
     targets = ["runtime_driver", "session_driver", "edgeattn_trt10"]
     run([find_cmake(), "--build", build, "-j2", "--target", *targets])
     return build
-
-
-def cuda() -> Path:
-    """CUDA's headers, or skips the test by what is missing."""
-    try:
-        return find_toolchain(platform.machine(), tensorrt=None).cuda
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +89,9 @@ def fake_nvinfer(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("nvinfer")
     write_stubs(tensorrt_headers, folder / "stubs.h")
     flags = ["-std=c++17", "-shared", "-fPIC", "-w", "-Wl,-soname,libnvinfer.so.10"]
-    includes = [f"-I{place}" for place in (folder, tensorrt_headers, cuda(), json_include())]
+    includes = [
+        f"-I{place}" for place in (folder, tensorrt_headers, cuda_include(), json_include())
+    ]
     library = folder / "libnvinfer.so.10"
     run([*find_compiler(platform.machine()), *flags, *includes, FAKE_NVINFER, "-o", library])
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeattn.engine.toolchain import find_cmake, find_compiler
+from edgeattn.engine.toolchain import find_cmake, find_compiler, find_cuda
 from edgeattn.errors import MissingDependencyError
 
 
@@ -29,6 +29,14 @@ def json_include() -> Path:
     if (spec := find_spec("nlohmann_json")) and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0], "include")
     return Path("/usr/include")
+
+
+def cuda_include() -> Path:
+    """CUDA's headers, or skips the test by what is missing."""
+    try:
+        return find_cuda()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
 
 
 def emulator(arch: str) -> tuple[str, ...]:
