@@ -95,7 +95,8 @@ def test_the_commands_exist(readme: str) -> None:
 
 
 def test_the_links_lead_somewhere(readme: str, repository: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+    prose = re.sub(r"^```.*?^```$", "", readme, flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#:]+)\)", prose)
     assert links
     assert [link for link in links if not (repository / link).exists()] == []
 

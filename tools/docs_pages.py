@@ -84,6 +84,8 @@ def included(name: str) -> tuple[str, set[Path]]:
         path = posixpath.normpath(place / link)
         if path in INCLUDED:
             return f"[{text}]({INCLUDED[path]}{anchor})"
+        if path.startswith("docs/"):  # a page already
+            return f"[{text}]({path.removeprefix('docs/')}{anchor})"
         file = REPOSITORY / path
         if file.is_dir():  # nothing that a browser could show
             return text if text.startswith("`") else f"`{text}`"
