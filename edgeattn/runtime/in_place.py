@@ -72,7 +72,7 @@ class InPlaceRunner(ABC):
             buffer.binding.bind_output(name)
         if length > 1:
             buffer.step = None
-            inputs = self._bind_inputs(buffer, batch, length, places)
+            inputs: Mapping[str, NDArray[Any]] = self._bind_inputs(buffer, batch, length, places)
             # Memory of ONNX Runtime, which it uses again: in fresh memory of ours each page would
             # cost a fault, a tenth of a prefill.
             buffer.binding.bind_output("logits")

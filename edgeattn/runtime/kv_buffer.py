@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAST, PRESENT = "past_key_values.", "present."
 # Results that a loop holds at once: the last, and the one it is replaced by.
 _SLOTS = 2
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int8)": np.int8,
