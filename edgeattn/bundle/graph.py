@@ -42,6 +42,12 @@ def read_graph(bundle: Bundle) -> ModelProto:
     return proto
 
 
+def external_files(proto: ModelProto) -> tuple[str, ...]:
+    """The files that hold a graph's weights, by path inside the bundle."""
+    entries = (entry for tensor in _tensors(proto) for entry in tensor.external_data)
+    return tuple(sorted({entry.value for entry in entries if entry.key == "location"}))
+
+
 def _tensors(message: Message) -> Iterator[TensorProto]:
     """Every tensor of a graph, wherever it sits: initialisers, attributes, subgraphs, functions."""
     if message.DESCRIPTOR.full_name == "onnx.TensorProto":

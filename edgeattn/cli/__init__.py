@@ -28,6 +28,7 @@ VERBS = {
     "eval": "Measure a bundle's perplexity on a text.",
     "bench": "Measure how fast a bundle is on this machine, or compare two measurements.",
     "build": "Build a TensorRT engine for a bundle.",
+    "package": "Pack libedgeattn for C++ applications, or a bundle for Triton.",
     "plan": "Say what a model costs on a target, and which heads would cost less.",
     "targets": "List the devices edgeattn knows, with every figure's source.",
     "ops": "List the operators of domain edgeattn, and what each one means.",

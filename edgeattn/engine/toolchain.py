@@ -22,6 +22,7 @@ ARCHITECTURES = ("x86_64", "aarch64")
 GLIBC = (2, 35)
 TENSORRT_VARIABLE = "EDGEATTN_TENSORRT_INCLUDE"
 CUDA_VARIABLE = "EDGEATTN_CUDA_INCLUDE"
+JSON_VARIABLE = "EDGEATTN_JSON_INCLUDE"
 
 _TENSORRT_HEADER = "NvInferRuntime.h"
 _DEBIAN = {"x86_64": "g++-x86-64-linux-gnu", "aarch64": "g++-aarch64-linux-gnu"}
@@ -74,7 +75,7 @@ def find_toolchain(arch: str, *, tensorrt: Path | None = None) -> Toolchain:
             todo="name the folder that holds TensorRT's headers",
         )
     return Toolchain(
-        arch, find_compiler(arch), find_cmake(), tensorrt or _find_tensorrt(), find_cuda()
+        arch, find_compiler(arch), find_cmake(), tensorrt or find_tensorrt(), find_cuda()
     )
 
 
@@ -212,7 +213,12 @@ def find_cmake() -> str:
     )
 
 
-def _find_tensorrt() -> Path:
+def find_tensorrt() -> Path:
+    """The folder of TensorRT's headers.
+
+    Raises:
+        MissingDependencyError: there are none.
+    """
     places = [Path(f"/usr/include/{machine}-linux-gnu") for machine in ARCHITECTURES]
     return _find_header(
         _TENSORRT_HEADER,
@@ -240,6 +246,21 @@ def find_cuda() -> Path:
         f"CUDA's headers: pip install nvidia-cuda-runtime nvidia-cuda-crt, or name their folder in "
         f"{CUDA_VARIABLE}",
         beside=("cuda.h", "crt/host_defines.h"),
+    )
+
+
+def find_json() -> Path:
+    """The folder of nlohmann/json.hpp.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
+    wheel = [Path(place, "include") for place in _find_nested("nlohmann_json")]
+    return _find_header(
+        "nlohmann/json.hpp",
+        JSON_VARIABLE,
+        [*wheel, Path("/usr/include")],
+        f"nlohmann's JSON: pip install nlohmann-json, or name its folder in {JSON_VARIABLE}",
     )
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 from cmake_projects import configure, cuda_include, json_include, run
 from fake_engine import SM
-from fake_nvinfer.stubs import write_stubs
+from nvinfer_stubs import write_stubs
 
 from edgeattn.engine.toolchain import find_cmake, find_compiler
+from edgeattn.errors import MissingDependencyError
+from edgeattn.pipeline.package import package_library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "plugins" / "runtime"
@@ -45,21 +48,21 @@ class Runtime:
 @pytest.fixture(scope="session")
 def installed(
     tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """Builds library and adapter for a processor, once, and installs them; the build folder."""
+) -> Callable[[str], Path]:
+    """A function from a processor to where the archive for it was unpacked."""
 
     @cache
     def install(arch: str) -> Path:
-        build = tmp_path_factory.mktemp(f"runtime-{arch}")
-        places = {
-            "CMAKE_INSTALL_PREFIX": build / "prefix",
-            "EDGEATTN_TENSORRT_INCLUDE": tensorrt_headers,
-            "EDGEATTN_CUDA_INCLUDE": cuda_include(),
-        }
-        configure(SOURCES, build, arch, *(f"-D{name}={place}" for name, place in places.items()))
-        run([find_cmake(), "--build", build, "-j2"])
-        run([find_cmake(), "--install", build])
-        return build
+        folder = tmp_path_factory.mktemp(f"package-{arch}")
+        try:
+            made = package_library(arch, folder, tensorrt=[tensorrt_headers])
+        except MissingDependencyError as error:
+            pytest.skip(str(error))
+        assert made.adapters == ("trt10",)
+        with tarfile.open(made.path) as archive:
+            archive.extractall(folder, filter="data")
+        (prefix,) = (path for path in folder.iterdir() if path.is_dir())
+        return prefix
 
     return install
 
@@ -77,10 +80,8 @@ def sanitized(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def runtime(installed: Callable[..., Path], sanitized: Path) -> Runtime:
-    return Runtime(
-        installed(platform.machine()) / "prefix", sanitized / "runtime_driver", configure
-    )
+def runtime(installed: Callable[[str], Path], sanitized: Path) -> Runtime:
+    return Runtime(installed(platform.machine()), sanitized / "runtime_driver", configure)
 
 
 @pytest.fixture(scope="session")

@@ -27,14 +27,14 @@ Ask = Callable[[Sequence[str]], list[str]]
 @pytest.fixture(scope="module", params=[platform.machine(), "aarch64"])
 def ask(
     request: pytest.FixtureRequest,
-    installed: Callable[..., Path],
+    installed: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Ask:
     """A function from commands to the lines an application answers with."""
     arch = request.param
     runner = emulator(arch)
     folder = tmp_path_factory.mktemp(f"consumer-{arch}")
-    found = f"-Dedgeattn_ROOT={installed(arch) / 'prefix'}"
+    found = f"-Dedgeattn_ROOT={installed(arch)}"
     configure(CONSUMER, folder, arch, found, "-DCMAKE_FIND_ROOT_PATH_MODE_PACKAGE=BOTH")
     run([find_cmake(), "--build", folder])
 

@@ -63,7 +63,7 @@ def build(
     def make(arch: str) -> Examples:
         runner = emulator(arch)
         folder = tmp_path_factory.mktemp(f"examples-{arch}")
-        found = f"-Dedgeattn_ROOT={installed(arch) / 'prefix'}"
+        found = f"-Dedgeattn_ROOT={installed(arch)}"
         configure(EXAMPLES, folder, arch, found, "-DCMAKE_FIND_ROOT_PATH_MODE_PACKAGE=BOTH")
         run([find_cmake(), "--build", folder])
         return Examples(folder, arch, runner)
