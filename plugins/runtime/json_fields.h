@@ -51,8 +51,9 @@ inline Json parse_object(std::string const& text, std::string const& where, std:
     try
     {
         Json value = Json::parse(text, shallow);
-        // The library skips a byte order mark, Python refuses it.
-        if (value.is_object() && text.compare(0, 3, "\xEF\xBB\xBF") != 0)
+        // The library skips a byte order mark and takes a zero byte for the end; Python refuses both.
+        bool const plain = text.compare(0, 3, "\xEF\xBB\xBF") != 0 && text.find('\0') == std::string::npos;
+        if (value.is_object() && plain)
         {
             return value;
         }
