@@ -145,7 +145,11 @@ def _show(record: BenchRecord) -> None:
         f"({what or machine.arch}) with {setup.backend}"
         + (f", {setup.provider}" if setup.backend == "onnxruntime" else "")
     )
-    sizes = {"peak memory": record.peak_memory_bytes, "cache": record.cache_bytes}
+    sizes = {
+        "peak memory": record.peak_memory_bytes,
+        "memory of the GPU": record.gpu_memory_bytes,
+        "cache": record.cache_bytes,
+    }
     click.echo("; ".join(f"{name} {size_text(size)}" for name, size in sizes.items() if size))
     click.echo(f"power mode: {machine.power_mode or 'not shown by this machine'}")
     click.echo(f"clocks: {_change(record.before, record.after, 'clocks_mhz', 'MHz')}")

@@ -19,6 +19,7 @@ from edgeattn import __version__
 from edgeattn.bundle.bundle import MANIFEST, Bundle, hash_file
 from edgeattn.devices.probe import Probe, matching_device, probe
 from edgeattn.devices.registry import parse_target
+from edgeattn.devices.libcuda import GpuFacts, read_driver
 from edgeattn.devices.sensors import peak_memory, processor_name, read_sensors
 from edgeattn.encoder_shape import TokenInput
 from edgeattn.errors import RuntimeInputError, UsageError
@@ -106,9 +107,10 @@ def bench(
     options = BackendOptions(backend, provider, threads, exact, engine)
     named = None if engine is None else Path(engine).name
     setup = Setup(backend=backend, provider=provider, threads=threads, exact=exact, engine=named)
-    machine = this_machine(probe(), on_cpu=setup.on_cpu, wanted=device)
+    found = probe()  # before anything is loaded
+    machine = this_machine(found, on_cpu=setup.on_cpu, wanted=device)
     opened = Bundle.open(bundle)
-    run = _passes_of(opened, options, amount)
+    run = _passes_of(opened, options, amount, on_gpu=not setup.on_cpu)
     tell = progress or (lambda stage, done, total: None)
     for done in range(amount.warmup):
         tell("warm-up", done, amount.warmup)
@@ -130,9 +132,17 @@ def bench(
         phases=run.phases(),
         cache_bytes=run.cache_bytes,
         peak_memory_bytes=peak_memory(),
+        gpu_memory_bytes=_taken(found.gpu, run.gpu),
         before=before,
         after=after,
     )
+
+
+def _taken(before: GpuFacts | None, after: GpuFacts | None) -> int | None:
+    """What this process, above all, took of the GPU's free memory."""
+    if before is None or after is None:
+        return None
+    return max(before.free_bytes - after.free_bytes, 0)
 
 
 def this_machine(found: Probe, *, on_cpu: bool, wanted: str | None = None) -> Machine:
@@ -199,8 +209,9 @@ def phase(
 class _DecoderPasses:
     """A prompt that is continued again and again."""
 
-    def __init__(self, session: Session, amount: Amount) -> None:
-        self._session = session
+    def __init__(self, session: Session, amount: Amount, *, on_gpu: bool) -> None:
+        self._session, self._on_gpu = session, on_gpu
+        self.gpu: GpuFacts | None = None  # while the cache was still there
         new = amount.new_tokens or min(_NEW_TOKENS, max(1, session.context // 4))
         tokens = amount.tokens or max(1, min(_TOKENS, session.context - new))
         _check_context(tokens + new, session.context)
@@ -225,6 +236,7 @@ class _DecoderPasses:
             self._prefill.append(seconds[0])
             self._decode.extend(seconds[1:])
             self.cache_bytes = self._session.cache_bytes(state)
+            self.gpu = read_driver().gpu if self._on_gpu else None
 
     def _step(self, ids: np.typing.NDArray[np.int64], state: State | None) -> tuple[int, State]:
         step = self._session.run(ids, state)
@@ -243,8 +255,9 @@ class _EncoderPasses:
 
     cache_bytes = None
 
-    def __init__(self, session: EncoderSession, amount: Amount) -> None:
-        self._session, self._seconds = session, list[float]()
+    def __init__(self, session: EncoderSession, amount: Amount, *, on_gpu: bool) -> None:
+        self._session, self._seconds, self._on_gpu = session, list[float](), on_gpu
+        self.gpu: GpuFacts | None = None
         read, rng, rows = session.shape.input, np.random.default_rng(0), amount.rows
         self._is_text = isinstance(read, TokenInput)
         tokens = session.context
@@ -274,6 +287,7 @@ class _EncoderPasses:
         seconds = time.perf_counter() - began
         if keep:
             self._seconds.append(seconds)
+            self.gpu = read_driver().gpu if self._on_gpu else None
 
     def phases(self) -> tuple[Phase, ...]:
         """What was kept."""
@@ -282,7 +296,7 @@ class _EncoderPasses:
 
 
 def _passes_of(
-    bundle: Bundle, options: BackendOptions, amount: Amount
+    bundle: Bundle, options: BackendOptions, amount: Amount, *, on_gpu: bool
 ) -> _DecoderPasses | _EncoderPasses:
     if bundle.is_encoder:
         if amount.new_tokens is not None:
@@ -291,14 +305,16 @@ def _passes_of(
                 came=f"{bundle.path} holds an encoder",
                 todo="leave out --new-tokens",
             )
-        return _EncoderPasses(EncoderSession(bundle, open_encoder_backend(bundle, options)), amount)
+        encoder = EncoderSession(bundle, open_encoder_backend(bundle, options))
+        return _EncoderPasses(encoder, amount, on_gpu=on_gpu)
     if amount.rows != 1:
         raise UsageError(
             expected="one row for a decoder, as `generate` runs it",
             came=f"{amount.rows} are asked for",
             todo="leave out --rows",
         )
-    return _DecoderPasses(Session(bundle, open_backend(bundle, options)), amount)
+    session = Session(bundle, open_backend(bundle, options))
+    return _DecoderPasses(session, amount, on_gpu=on_gpu)
 
 
 def _check_amount(amount: Amount) -> None:

@@ -149,6 +149,8 @@ class BenchRecord(_Record):
         cache_bytes: keys and values at the end; None for an encoder.
         peak_memory_bytes: most of the CPU's memory that the process held, loading the bundle
             included; None where the system does not say. Memory of a GPU of its own is not in it.
+        gpu_memory_bytes: what loading and running took of the GPU's free memory, as the driver
+            tells it, with whatever else used the GPU meanwhile; None where the CPU runs.
         before: the machine before the timed passes.
         after: and right after them.
     """
@@ -163,6 +165,7 @@ class BenchRecord(_Record):
     phases: tuple[Phase, ...]
     cache_bytes: int | None = Field(ge=0)
     peak_memory_bytes: int | None = Field(ge=0)
+    gpu_memory_bytes: int | None = Field(default=None, ge=0)
     before: Moment
     after: Moment
 
@@ -294,7 +297,7 @@ def _ratios(first: BenchRecord, second: BenchRecord) -> Iterator[Ratio]:
         yield Ratio(f"{a.name} median", "s", a.median_seconds, b.median_seconds)
         yield Ratio(f"{a.name} p90", "s", a.p90_seconds, b.p90_seconds)
         yield Ratio(f"{a.name} speed", f"{a.unit}/s", a.per_second, b.per_second)
-    for name in ("peak_memory_bytes", "cache_bytes"):
+    for name in ("peak_memory_bytes", "gpu_memory_bytes", "cache_bytes"):
         sizes = getattr(first, name), getattr(second, name)
         if all(sizes):  # a model without a cache has one of 0 bytes
             yield Ratio(name.removesuffix("_bytes").replace("_", " "), "bytes", *sizes)

@@ -142,8 +142,9 @@ def test_bench_calls_the_figures_those_of_the_gpu(bundle: Path, fake_cuda: Path)
     assert (record["machine"]["device"], record["machine"]["gpu"]) == ("a100", GPU)
     assert record["setup"]["engine"] == engine.path.name
     assert {phase["name"] for phase in record["phases"]} == {"prefill", "decode"}
+    assert record["gpu_memory_bytes"] >= record["cache_bytes"] > 0
     plain = json.loads(edgeattn_there(fake_cuda, *words).stdout)
-    assert plain["machine"]["device"] == "cpu"
+    assert (plain["machine"]["device"], plain["gpu_memory_bytes"]) == ("cpu", None)
 
 
 @pytest.mark.parametrize("kind", [Session, EncoderSession])

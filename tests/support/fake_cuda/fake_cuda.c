@@ -131,7 +131,7 @@ int cuCtxPopCurrent_v2(void** context)
 int cuMemGetInfo_v2(size_t* free_bytes, size_t* total)
 {
     *total = (size_t) number("FAKE_CUDA_MEMORY", 8000000000);
-    *free_bytes = (size_t) number("FAKE_CUDA_FREE", 5000000000);
+    *free_bytes = (size_t) number("FAKE_CUDA_FREE", 5000000000) - allocated;
     return pushed ? outcome("cuMemGetInfo_v2") : INVALID_CONTEXT;
 }
 
