@@ -38,16 +38,17 @@ int64_t static_slots(LoadedModel const& model)
 //! The most slots that a profile of the engine holds; states alone have no such number.
 int64_t most_slots(LoadedModel const& model)
 {
-    if (!model.find("attention_mask"))
-    {
-        return INT64_MAX;
-    }
     int64_t most = 0;
     for (int32_t profile = 0; profile < model.profiles(); ++profile)
     {
-        most = std::max(most, model.largest_inputs(profile).at("attention_mask").back());
+        std::map<std::string, Shape> const largest = model.largest_inputs(profile);
+        auto const mask = largest.find("attention_mask");
+        if (mask != largest.end())
+        {
+            most = std::max(most, mask->second.back());
+        }
     }
-    return most;
+    return most > 0 ? most : INT64_MAX;
 }
 
 Shape with_slots(Shape shape, int64_t slots)
@@ -76,6 +77,11 @@ DecoderCache::DecoderCache(LoadedModel const& model, int64_t rows, Arena& arena)
                 "export the bundle again with this edgeattn");
         }
         entry.shape.at(0) = rows;
+        if (mCapacity == INT64_MAX && with_slots(entry.shape, 0) != entry.shape)
+        {
+            throw Error(ErrorCode::kBundle, "an attention_mask beside a cache that grows", "the graph has none",
+                "export the bundle again with this edgeattn");
+        }
         entry.bytes = bytes_of(tensor.dtype, with_slots(entry.shape, mCapacity));
         entry.offsets[0] = arena.plan(entry.bytes);
         entry.offsets[1] = mStatic ? entry.offsets[0] : arena.plan(entry.bytes);

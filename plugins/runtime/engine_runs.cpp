@@ -6,11 +6,12 @@ namespace edgeattn
 void EngineRuns::run(LoadedModel& model, int32_t profile, int side, std::map<std::string, Shape> const& shapes,
     std::function<void()> const& bind)
 {
-    Run& run = mRuns[{profile, side}];
-    if (run.shapes != shapes)
+    Profile& held = mProfiles[profile];
+    if (held.shapes != shapes)
     {
-        run = {shapes, 0, nullptr};
+        held = {shapes, {}};
     }
+    Run& run = held.sides[side];
     if (!run.recording)
     {
         model.set_shapes(profile, shapes);

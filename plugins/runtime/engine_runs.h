@@ -32,14 +32,20 @@ public:
 private:
     struct Run
     {
-        std::map<std::string, Shape> shapes;
         int64_t count = 0;
         std::shared_ptr<Recording const> recording;
     };
 
+    //! Other shapes change what a context keeps on the GPU, so that no recording with earlier ones is good any more.
+    struct Profile
+    {
+        std::map<std::string, Shape> shapes;
+        std::map<int, Run> sides;
+    };
+
     bool mReplay;
     bool mReplays = false;
-    std::map<std::pair<int32_t, int>, Run> mRuns;
+    std::map<int32_t, Profile> mProfiles;
 };
 
 } // namespace edgeattn
