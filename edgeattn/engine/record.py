@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeattn.bundle.bundle import MODEL, PLUGINS, Bundle, hash_file
 from edgeattn.devices.probe import Probe
@@ -84,7 +84,7 @@ class EngineRecord(_Record):
     schema_version: int
     edgeattn: str
     engine: str
-    bytes: int
+    bytes: int = Field(ge=0, lt=2**63)
     sha256: str
     model_sha256: str
     targets: tuple[str, ...]
