@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -90,7 +90,7 @@ class EngineRecord(_Record):
     targets: tuple[str, ...]
     flavour: FlavourName
     tensorrt: str
-    sms: tuple[int, ...]
+    sms: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
     arch: str
     gpu: str | None
     driver: str | None
