@@ -13,7 +13,7 @@ from typing import Any
 from edgeattn.bundle.manifest import Manifest, parse_manifest
 from edgeattn.encoder_shape import KIND as ENCODER
 from edgeattn.encoder_shape import AnyShape, EncoderShape
-from edgeattn.errors import BundleError
+from edgeattn.errors import BundleError, EdgeattnError
 from edgeattn.shape import ModelShape
 
 MANIFEST = "manifest.json"
@@ -158,10 +158,13 @@ class Bundle:
     def _reading_shape(self) -> Iterator[None]:
         try:
             yield
-        except (TypeError, KeyError) as error:
+        except EdgeattnError:
+            raise
+        # Fields of a wrong type fail wherever they are first used.
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise BundleError(
                 expected="the model's shape in the manifest",
-                came=f"it is incomplete ({error})",
+                came=f"it does not add up ({error})",
                 todo="export the bundle again",
             ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,10 @@ def _plain_path(name: str) -> str:
     return name
 
 
+# What C++ counts with.
+_Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -50,7 +55,7 @@ class FileRecord(_Record):
         sha256: of its content.
     """
 
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, lt=2**63)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -66,7 +71,7 @@ class TargetRecord(_Record):
 
     name: str
     flavour: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-    sm: int | None
+    sm: _Integer | None
     software_version: str | None
 
 
@@ -101,14 +106,14 @@ class Manifest(_Record):
         files: every file that must be there, by path inside the bundle.
     """
 
-    schema_version: int
+    schema_version: _Integer
     tools: dict[str, str]
     source: dict[str, Any]
     recipe: dict[str, Any]
     lowering: dict[str, Any]
     shape: dict[str, Any]
     target: TargetRecord
-    plugin_abi: int | None
+    plugin_abi: _Integer | None
     verification: VerificationRecord
     quality: dict[str, Any] | None = None
     files: dict[Annotated[str, AfterValidator(_plain_path)], FileRecord]
@@ -127,6 +132,24 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
+def _strict_json(text: str | bytes) -> Any:
+    """JSON that C++ reads as well: UTF-8, and every number within fp64."""
+    text = text.decode() if isinstance(text, bytes) else text
+    return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is beyond fp64")
+    return value
+
+
+def _whole(number: str) -> int:
+    _finite(number)
+    return int(number)
+
+
 def parse_manifest(text: str | bytes, where: str) -> Manifest:
     """Reads manifest.json.
 
@@ -138,7 +161,8 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         BundleError: no JSON, a newer schema, or fields that do not fit.
     """
     try:
-        version = json.loads(text).get("schema_version")
+        value = _strict_json(text)
+        version = value.get("schema_version")
     except (ValueError, AttributeError, RecursionError) as error:
         raise BundleError(
             expected=f"{where} to hold a JSON object",
@@ -152,7 +176,8 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
             todo="upgrade edgeattn",
         )
     try:
-        return Manifest.model_validate_json(text)
+        # Not the text: of a field that stands there twice only the last was looked at.
+        return Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "manifest"

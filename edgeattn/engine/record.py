@@ -10,9 +10,9 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgeattn.bundle.bundle import MODEL, PLUGINS, Bundle, hash_file
 from edgeattn.devices.probe import Probe
@@ -84,13 +84,13 @@ class EngineRecord(_Record):
     schema_version: int
     edgeattn: str
     engine: str
-    bytes: int
+    bytes: int = Field(ge=0, lt=2**63)
     sha256: str
     model_sha256: str
     targets: tuple[str, ...]
     flavour: FlavourName
     tensorrt: str
-    sms: tuple[int, ...]
+    sms: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...]
     arch: str
     gpu: str | None
     driver: str | None
