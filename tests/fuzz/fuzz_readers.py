@@ -1,6 +1,6 @@
 """Atheris's target: any bytes as the manifest of a bundle and as the record of an engine.
 
-Run as a script, with libFuzzer's options; `test_readers.py` does.
+Run as a script, with libFuzzer's options; `test_fuzzing.py` does.
 """
 
 from __future__ import annotations

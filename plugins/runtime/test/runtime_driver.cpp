@@ -83,6 +83,25 @@ void opens()
     }
 }
 
+//! Lines of paths of engines to a line each, as above, of whether their records read.
+void records()
+{
+    for (std::string path; std::getline(std::cin, path);)
+    {
+        std::string verdict;
+        try
+        {
+            edgeattn::read_engine(path);
+        }
+        catch (edgeattn::Error const& error)
+        {
+            verdict = error.what();
+        }
+        std::replace(verdict.begin(), verdict.end(), '\n', ' ');
+        std::cout << verdict << std::endl;
+    }
+}
+
 //! Lines of engine, bundle, SM and processor, none with a space, to a line each as above.
 void engines()
 {
@@ -123,6 +142,7 @@ int main(int argc, char** argv)
         : command == "pick"   ? picks()
         : command == "open"   ? opens()
         : command == "engine" ? engines()
+        : command == "record" ? records()
         : command == "narrow" ? narrows()
                               : sha256();
 }
