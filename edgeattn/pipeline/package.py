@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeattn import __version__
 from edgeattn.engine.toolchain import (
     ARCHITECTURES,
+    TENSORRT_VARIABLE,
     compiler_script,
     find_cmake,
     find_compiler,
@@ -82,7 +83,7 @@ def package_library(
     path = package_path(folder, arch)
     require_output(path, force=force)
     compiler, told = find_compiler(arch), progress or (lambda stage, done, total: None)
-    headers = list(tensorrt) or [find_tensorrt()]
+    headers = list(tensorrt) or _named_headers() or [find_tensorrt()]
     # The build lies beside the archive: one rename ends it, and nothing is left of a broken one.
     with (
         tempfile.TemporaryDirectory(prefix=".edgeattn-package-", dir=folder) as build,
@@ -98,6 +99,12 @@ def package_library(
     return LibraryPackage(path, path.stat().st_size, arch, adapters, _standard_library(compiler))
 
 
+def _named_headers() -> list[Path]:
+    """Several folders, as CMake takes them."""
+    named = os.environ.get(TENSORRT_VARIABLE, "").split(";")
+    return [Path(place) for place in named] if len(named) > 1 else []
+
+
 def _commands(
     sources: Path, build: Path, arch: str, compiler: Sequence[str], headers: Sequence[Path]
 ) -> list[list[str]]:
@@ -110,6 +117,7 @@ def _commands(
         "EDGEATTN_JSON_INCLUDE": find_json().resolve(),
         "EDGEATTN_TENSORRT_INCLUDE": ";".join(str(place.resolve()) for place in headers),
         "EDGEATTN_CUDA_INCLUDE": find_cuda().resolve(),
+        "CPACK_PACKAGE_FILE_NAME": package_path(build, arch).name.removesuffix(".tar.gz"),
     }
     given = [f"-D{name}={value}" for name, value in definitions.items()]
     jobs = str(os.cpu_count() or 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ _KIND = Kind("Triton model", CONFIG)
 _VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _PAST, _PRESENT = "past_key_values.", "present."
-_TYPES = {
+_TYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.BFLOAT16: "TYPE_BF16",
@@ -100,7 +100,10 @@ def write_triton_model(
         version = writer.path / _VERSION
         version.mkdir()
         plugins = _place_files(bundle, proto, chosen, version)
-        text = _config(name, backend, graph, _rows(bundle), keeps_cache=keeps_cache)
+        profiles = 0 if chosen is None else len(chosen.record.profiles)
+        text = _config(
+            name, backend, graph, _rows(bundle), keeps_cache=keeps_cache, profiles=profiles
+        )
         (writer.path / CONFIG).write_text(text, encoding="utf-8")
         writer.commit()
     path = repository / name
@@ -178,13 +181,22 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _config(
-    name: str, backend: TritonBackend, graph: onnx.GraphProto, rows: int, *, keeps_cache: bool
+    name: str,
+    backend: TritonBackend,
+    graph: onnx.GraphProto,
+    rows: int,
+    *,
+    keeps_cache: bool,
+    profiles: int,
 ) -> str:
     inputs, outputs = _values(graph.input), _values(graph.output)
     lines = [f'name: "{name}"', f'backend: "{backend}"']
     if backend == "tensorrt":
         lines.append('default_model_filename: "model.plan"')
     lines.append(f"max_batch_size: {rows}")
+    if profiles > 1:  # else Triton takes the first alone
+        named = ", ".join(f'"{index}"' for index in range(profiles))
+        lines.append(f"instance_group [ {{ kind: KIND_GPU profile: [ {named} ] }} ]")
     states = [v for v in inputs if keeps_cache and v.name.startswith(_PAST)]
     kept = {v.name for v in states} | {_present(v) for v in states}
     lines += [_tensor("input", value) for value in inputs if value.name not in kept]

@@ -17,9 +17,9 @@ import numpy as np
 
 from edgeattn import __version__
 from edgeattn.bundle.bundle import MANIFEST, Bundle, hash_file
+from edgeattn.devices.libcuda import GpuFacts, read_driver
 from edgeattn.devices.probe import Probe, matching_device, probe
 from edgeattn.devices.registry import parse_target
-from edgeattn.devices.libcuda import GpuFacts, read_driver
 from edgeattn.devices.sensors import peak_memory, processor_name, read_sensors
 from edgeattn.encoder_shape import TokenInput
 from edgeattn.errors import RuntimeInputError, UsageError

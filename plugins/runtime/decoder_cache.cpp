@@ -59,11 +59,11 @@ Shape with_slots(Shape shape, int64_t slots)
 
 } // namespace
 
-DecoderCache::DecoderCache(LoadedModel const& model, int64_t rows, Arena& arena)
+DecoderCache::DecoderCache(LoadedModel const& model, int64_t rows, int64_t context, Arena& arena)
     : mCapacity(static_slots(model))
     , mStatic(mCapacity >= 0)
 {
-    mCapacity = mStatic ? mCapacity : most_slots(model);
+    mCapacity = mStatic ? mCapacity : std::min(context, most_slots(model));
     for (Tensor const& tensor : model.tensors())
     {
         if (!tensor.is_input || !begins(tensor.name, kPast))
@@ -71,17 +71,14 @@ DecoderCache::DecoderCache(LoadedModel const& model, int64_t rows, Arena& arena)
             continue;
         }
         Entry entry{tensor.name, kPresent + tensor.name.substr(kPast.size()), tensor.shape, 0, {}};
-        if (!model.find(entry.present))
+        Tensor const* const present = model.find(entry.present);
+        if (!present || present->is_input || present->dtype != tensor.dtype || present->shape != tensor.shape)
         {
-            throw Error(ErrorCode::kBundle, "an output " + entry.present + " of the graph", "there is none",
+            throw Error(ErrorCode::kBundle, "an output " + entry.present + " of the graph, as " + tensor.name + " is",
+                present ? "it is of another type or shape" : "there is none",
                 "export the bundle again with this edgeattn");
         }
         entry.shape.at(0) = rows;
-        if (mCapacity == INT64_MAX && with_slots(entry.shape, 0) != entry.shape)
-        {
-            throw Error(ErrorCode::kBundle, "an attention_mask beside a cache that grows", "the graph has none",
-                "export the bundle again with this edgeattn");
-        }
         entry.bytes = bytes_of(tensor.dtype, with_slots(entry.shape, mCapacity));
         entry.offsets[0] = arena.plan(entry.bytes);
         entry.offsets[1] = mStatic ? entry.offsets[0] : arena.plan(entry.bytes);

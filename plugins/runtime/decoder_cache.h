@@ -11,8 +11,9 @@ class DecoderCache
 {
 public:
     //! Plans memory for all of it.
-    //! \throws Error kBundle: an input without the output that continues it.
-    DecoderCache(LoadedModel const& model, int64_t rows, Arena& arena);
+    //! \param context most slots that a row will need.
+    //! \throws Error kBundle: an input without an output of its type and shape that continues it.
+    DecoderCache(LoadedModel const& model, int64_t rows, int64_t context, Arena& arena);
 
     //! Slots of a row, at most.
     int64_t capacity() const

@@ -35,6 +35,7 @@ public:
     {
         Turn const turn(mBusy);
         require_input("texts", "images", "run_images", mFacts.vocabulary > 0);
+        require_length(length);
         Rows const checked = checked_rows(tokens, rows, length, mask, mFacts.vocabulary);
         require_texts(checked);
         std::vector<int64_t> segments(checked.tokens.size(), 0);
@@ -57,7 +58,9 @@ public:
             shapes[tensor->name] = {rows, length};
             raw[tensor->name] = LoadedModel::encode(*tensor, *found->second);
         }
-        return execute(shapes, raw, "input_ids");
+        Encoding const found = execute(shapes, raw, "input_ids");
+        require_finite(checked);
+        return found;
     }
 
     Encoding run_images(float const* pixels, int64_t rows)
@@ -87,7 +90,9 @@ public:
             shapes[tensor->name] = shape;
             raw[tensor->name] = LoadedModel::encode(*tensor, pixels, count);
         }
-        return execute(shapes, raw, "pixel_values");
+        Encoding const found = execute(shapes, raw, "pixel_values");
+        require_finite(mValues.data(), mValues.data() + mValues.size());
+        return found;
     }
 
     EncoderFacts const& facts() const
@@ -142,14 +147,18 @@ private:
         }
     }
 
-    void require_texts(Rows const& rows) const
+    void require_length(int64_t length) const
     {
-        if (rows.length > mFacts.context)
+        if (length > mFacts.context)
         {
             throw Error(ErrorCode::kRuntimeInput,
                 "texts of at most " + std::to_string(mFacts.context) + " tokens, the context of the bundle",
-                "one has " + std::to_string(rows.length), "shorten it, or split it into several");
+                "one has " + std::to_string(length), "shorten it, or split it into several");
         }
+    }
+
+    static void require_texts(Rows const& rows)
+    {
         for (int64_t row = 0; row < rows.rows; ++row)
         {
             if (rows.tokens_of(row) == 0)
@@ -160,11 +169,37 @@ private:
         }
     }
 
+    //! Token states mean nothing at padding.
+    void require_finite(Rows const& rows) const
+    {
+        if (mShape.size() != 3)
+        {
+            require_finite(mValues.data(), mValues.data() + mValues.size());
+            return;
+        }
+        int64_t const width = mShape[2];
+        for (int64_t row = 0; row < rows.rows; ++row)
+        {
+            float const* const begin = mValues.data() + row * mShape[1] * width;
+            require_finite(begin, begin + std::min(rows.tokens_of(row), mShape[1]) * width);
+        }
+    }
+
+    static void require_finite(float const* begin, float const* end)
+    {
+        if (!std::all_of(begin, end, [](float value) { return std::isfinite(value); }))
+        {
+            throw Error(ErrorCode::kRuntimeInput, "finite outputs", "the model returned NaN or infinity",
+                "run `edgeattn verify` on the bundle; fp16 may be too narrow for this model");
+        }
+    }
+
     Encoding execute(std::map<std::string, Shape> const& shapes,
         std::map<std::string, std::vector<unsigned char>> const& raw, std::string const& of)
     {
         Gpu::Current const current(mModel.gpu());
         int32_t const profile = mModel.choose_profile(shapes, of);
+        Gpu::Settled const settled(mModel.gpu()); // before what it copies from goes
         for (auto const& [name, bytes] : raw)
         {
             mModel.gpu().upload(mArena.at(mOffsets.at(name)), bytes.data(), bytes.size());

@@ -107,7 +107,9 @@ void require_plugins(PluginRecord const& needed, Bundle const& bundle, std::stri
     }
     // Only what the manifest lists was checked when the bundle was opened, links and paths included.
     auto const listed = bundle.manifest.files.find(needed.file);
-    if (listed == bundle.manifest.files.end() || listed->second.sha256 != needed.sha256)
+    bool const same = listed != bundle.manifest.files.end() && listed->second.sha256 == needed.sha256
+        && hash_file(*bundle.file(needed.file)) == needed.sha256; // whatever of the bundle was checked before
+    if (!same)
     {
         throw Error(ErrorCode::kBundle, "the plugin library that " + name + " was built with",
             needed.file + " is another one", kBuildAgain);
@@ -135,12 +137,14 @@ std::vector<Engine> read_engines(Bundle const& bundle)
     std::string const suffix = ".engine.json";
     std::vector<std::pair<fs::file_time_type, std::string>> found;
     std::error_code error; // what cannot be asked is not there
-    for (fs::directory_entry const& entry : fs::directory_iterator(fs::path(bundle.path) / kEngines, error))
+    fs::directory_iterator const end;
+    for (fs::directory_iterator entry(fs::path(bundle.path) / kEngines, error); !error && entry != end;
+         entry.increment(error))
     {
-        std::string const name = entry.path().string();
+        std::string const name = entry->path().string();
         if (name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0)
         {
-            found.emplace_back(fs::last_write_time(entry.path(), error), name);
+            found.emplace_back(fs::last_write_time(entry->path(), error), name);
         }
     }
     std::sort(found.begin(), found.end(), [](auto const& a, auto const& b) { return a.first > b.first; });
@@ -152,22 +156,27 @@ std::vector<Engine> read_engines(Bundle const& bundle)
     return engines;
 }
 
-Engine choose_engine(Bundle const& bundle, int64_t sm, std::string const& arch, std::string const& named)
+std::vector<Engine> engines_for(Bundle const& bundle, int64_t sm, std::string const& arch, std::string const& named)
 {
     std::vector<Engine> const engines
         = named.empty() ? read_engines(bundle) : std::vector<Engine>{read_engine(named)};
+    std::vector<Engine> fitting;
     std::optional<Error> newest;
     for (Engine const& engine : engines)
     {
         try
         {
             require_runs_here(engine, bundle, sm, arch);
-            return engine;
+            fitting.push_back(engine);
         }
         catch (Error const& refusal)
         {
             newest = newest ? newest : refusal;
         }
+    }
+    if (!fitting.empty())
+    {
+        return fitting;
     }
     throw newest ? *newest
                  : Error(ErrorCode::kBundle, "an engine in " + (fs::path(bundle.path) / kEngines).string(),

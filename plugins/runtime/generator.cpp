@@ -67,38 +67,42 @@ Generation Generator::generate(
             logits.data, static_cast<size_t>(logits.vocabulary), static_cast<uint64_t>(index));
     };
     Generation found;
-    mSession.reset();
-    auto const start = std::chrono::steady_clock::now();
-    Logits logits;
-    for (size_t first = 0; first < prompt.size(); first += kPrefillPiece)
-    {
-        size_t const count = std::min(kPrefillPiece, prompt.size() - first);
-        logits = mSession.step(prompt.data() + first, static_cast<int64_t>(count));
-    }
-    int64_t token = pick(logits, 0);
-    found.prefill_seconds = seconds_since(start);
-    while (true)
-    {
+    //! Takes a token; whether it is the last.
+    auto const ends = [&](int64_t token) {
         if (std::find(stops.begin(), stops.end(), token) != stops.end())
         {
             found.finish_reason = FinishReason::kStop;
-            return found;
+            return true;
         }
         found.tokens.push_back(token);
-        int64_t const count = static_cast<int64_t>(found.tokens.size());
         bool const wanted = !on_token || on_token(token);
-        if (!wanted || count == options.max_new_tokens || mSession.length() == mSession.context())
+        bool const enough = static_cast<int64_t>(found.tokens.size()) == options.max_new_tokens;
+        bool const full = mSession.length() == mSession.context();
+        found.finish_reason = !wanted ? FinishReason::kInterrupted
+            : enough                  ? FinishReason::kLength
+                                      : FinishReason::kContext;
+        return !wanted || enough || full;
+    };
+    mSession.alone([&](Session::Turns& turns) {
+        turns.reset();
+        auto const start = std::chrono::steady_clock::now();
+        Logits logits;
+        for (size_t first = 0; first < prompt.size(); first += kPrefillPiece)
         {
-            found.finish_reason = !wanted ? FinishReason::kInterrupted
-                : count == options.max_new_tokens ? FinishReason::kLength
-                                                  : FinishReason::kContext;
-            return found;
+            size_t const count = std::min(kPrefillPiece, prompt.size() - first);
+            logits = turns.step(prompt.data() + first, static_cast<int64_t>(count));
         }
-        auto const began = std::chrono::steady_clock::now();
-        token = pick(mSession.step(&token, 1), count);
-        found.decode_seconds += seconds_since(began);
-        ++found.decode_steps;
-    }
+        int64_t token = pick(logits, 0);
+        found.prefill_seconds = seconds_since(start);
+        while (!ends(token))
+        {
+            auto const began = std::chrono::steady_clock::now();
+            token = pick(turns.step(&token, 1), static_cast<int64_t>(found.tokens.size()));
+            found.decode_seconds += seconds_since(began);
+            ++found.decode_steps;
+        }
+    });
+    return found;
 }
 
 } // namespace edgeattn

@@ -3,6 +3,7 @@
 #include "edgeattn/error.hpp"
 
 #include <algorithm>
+#include <exception>
 #include <stdexcept>
 
 namespace edgeattn
@@ -173,6 +174,20 @@ Gpu::Current::~Current()
 {
     void* popped = nullptr;
     (void)mGpu.mDriver->cuCtxPopCurrent(&popped);
+}
+
+Gpu::Settled::Settled(Gpu const& gpu)
+    : mGpu(gpu)
+    , mExceptions(std::uncaught_exceptions())
+{
+}
+
+Gpu::Settled::~Settled()
+{
+    if (std::uncaught_exceptions() > mExceptions)
+    {
+        (void)mGpu.mDriver->cuStreamSynchronize(mGpu.mStream);
+    }
 }
 
 template <typename Free>

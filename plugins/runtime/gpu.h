@@ -40,6 +40,20 @@ public:
         Gpu const& mGpu;
     };
 
+    //! Waits for the stream when an exception leaves a scope, for the sake of memory it still copies.
+    class Settled
+    {
+    public:
+        explicit Settled(Gpu const& gpu);
+        ~Settled();
+        Settled(Settled const&) = delete;
+        Settled& operator=(Settled const&) = delete;
+
+    private:
+        Gpu const& mGpu;
+        int mExceptions;
+    };
+
     //! Compute capability, as 87.
     int64_t sm() const;
 

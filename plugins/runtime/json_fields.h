@@ -13,7 +13,7 @@ namespace edgeattn
 
 using Json = nlohmann::json;
 
-constexpr int kDeepest = 200; // pydantic's reader stops there
+constexpr int kDeepest = 200; // nothing may stand in more lists and objects, as pydantic's reader has it
 
 //! What a field is read with: where it is, for errors.
 struct Place
@@ -40,9 +40,8 @@ inline Json parse_object(std::string const& text, std::string const& where, std:
     auto const refuse = [&] {
         throw Error(ErrorCode::kBundle, where + " to hold a JSON object", "it does not parse", todo);
     };
-    auto const shallow = [&](int depth, Json::parse_event_t event, Json&) {
-        bool const opens = event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start;
-        if (opens && depth >= kDeepest)
+    auto const shallow = [&](int depth, Json::parse_event_t, Json&) {
+        if (depth > kDeepest)
         {
             refuse();
         }

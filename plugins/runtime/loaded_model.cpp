@@ -17,6 +17,7 @@ namespace
 {
 
 constexpr size_t kAlignment = 256; // what TensorRT asks of an address
+constexpr size_t kMostBytes = size_t{1} << 48; // so that sums of sizes do not overflow
 
 size_t width(DataType dtype)
 {
@@ -59,6 +60,12 @@ bool within(Shape const& shape, Shape const& low, Shape const& high)
         "export the bundle again with this edgeattn");
 }
 
+[[noreturn]] void wrong_shape(Tensor const& tensor)
+{
+    throw Error(ErrorCode::kBundle, tensor.name + " of the graph to begin with the batch", "its shape is not told",
+        "export the bundle again with this edgeattn");
+}
+
 template <typename Value, typename From, typename Convert>
 std::vector<unsigned char> encoded(From const* values, size_t count, Convert convert)
 {
@@ -88,8 +95,16 @@ std::vector<float> decoded(std::vector<unsigned char> const& raw, Convert conver
 
 size_t bytes_of(DataType dtype, Shape const& shape)
 {
-    return std::accumulate(shape.begin(), shape.end(), width(dtype),
-        [](size_t product, int64_t size) { return product * static_cast<size_t>(std::max<int64_t>(size, 0)); });
+    size_t bytes = width(dtype);
+    for (int64_t size : shape)
+    {
+        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes) || bytes > kMostBytes)
+        {
+            throw Error(ErrorCode::kBundle, "tensors that a GPU can hold", "one has the shape " + to_string(shape),
+                "export the bundle again, or build its engine for smaller sizes");
+        }
+    }
+    return bytes;
 }
 
 std::string to_string(Shape const& shape)
@@ -122,7 +137,25 @@ Gpu::Address Arena::at(size_t offset) const
 LoadedModel::LoadedModel(Bundle const& bundle, std::string const& named)
     : mGpu(std::make_unique<Gpu>())
 {
-    Engine const engine = choose_engine(bundle, mGpu->sm(), processor(), named);
+    Gpu::Current const current(*mGpu);
+    std::optional<Error> newest;
+    for (Engine const& engine : engines_for(bundle, mGpu->sm(), processor(), named))
+    {
+        try
+        {
+            load(bundle, engine);
+            return;
+        }
+        catch (Error const& refusal) // another TensorRT may have built it
+        {
+            newest = newest ? newest : refusal;
+        }
+    }
+    throw *newest;
+}
+
+void LoadedModel::load(Bundle const& bundle, Engine const& engine)
+{
     mName = std::filesystem::path(engine.path).filename().string();
     if (engine.record.stripped)
     {
@@ -130,18 +163,23 @@ LoadedModel::LoadedModel(Bundle const& bundle, std::string const& named)
             "build it without --strip-weights, or run it from Python");
     }
     std::optional<PluginRecord> const& plugins = engine.record.plugins;
-    std::string const library
-        = plugins ? std::filesystem::absolute(std::filesystem::path(bundle.path) / plugins->file).string() : "";
+    std::error_code error; // then it stays as it is
+    std::filesystem::path const file = plugins ? std::filesystem::path(bundle.path) / plugins->file : "";
+    std::filesystem::path const whole = std::filesystem::absolute(file, error);
+    std::string const library = error ? file.string() : whole.string();
     MappedFile const content(engine.path);
     EngineRequest const request{content.data(), content.bytes(), engine.record.tensorrt.c_str(),
         plugins ? library.c_str() : nullptr, mGpu->stream()};
-    Gpu::Current const current(*mGpu);
     mEngine = {load_engine(engine.record.flavour, request), Release{mGpu.get()}};
     mGpu->synchronize();
     for (int32_t i = 0; i < mEngine->tensors(); ++i)
     {
         char const* const name = mEngine->name(i);
         mTensors.push_back({name, mEngine->dtype(name), mEngine->is_input(name), to_shape(mEngine->shape(name))});
+        if (mTensors.back().shape.empty())
+        {
+            wrong_shape(mTensors.back());
+        }
         if (mTensors.back().dtype == DataType::kOther)
         {
             wrong_type(mTensors.back(), "fp32, fp16, bf16, int8, int32, int64 or bool");
@@ -204,6 +242,10 @@ std::map<std::string, size_t> LoadedModel::plan(
             if (names.count(tensor.name))
             {
                 Shape const shape = tensor.is_input ? shapes.at(tensor.name) : output_shape(profile, tensor.name);
+                if (shape.size() != tensor.shape.size())
+                {
+                    wrong_shape(tensor);
+                }
                 most[tensor.name] = std::max(most[tensor.name], bytes_of(tensor.dtype, shape));
             }
         }

@@ -106,6 +106,7 @@ public:
     static std::vector<float> decode(Tensor const& tensor, std::vector<unsigned char> const& raw);
 
 private:
+    void load(Bundle const& bundle, Engine const& engine);
     [[noreturn]] void refuse(std::string const& what, std::string const& todo) const;
 
     struct Release

@@ -7,6 +7,8 @@ namespace edgeattn
 namespace
 {
 
+constexpr int64_t kMost = int64_t{1} << 40; // numbers of an input: no memory holds more
+
 std::vector<int64_t> checked_mask(int64_t const* mask, int64_t rows, int64_t length)
 {
     std::vector<int64_t> checked(static_cast<size_t>(rows * length), 1);
@@ -40,7 +42,7 @@ void require_below(char const* what, std::vector<int64_t> const& values, int64_t
 
 Rows checked_rows(int64_t const* tokens, int64_t rows, int64_t length, int64_t const* mask, int64_t limit)
 {
-    if (!tokens || rows < 1 || length < 1)
+    if (!tokens || rows < 1 || length < 1 || rows > kMost / length)
     {
         throw Error(ErrorCode::kRuntimeInput, "input_ids of shape [batch, length], both at least 1",
             tokens ? "the shape is [" + std::to_string(rows) + ", " + std::to_string(length) + "]" : "there are none",

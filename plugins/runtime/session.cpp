@@ -7,6 +7,8 @@
 #include "turn.h"
 
 #include <algorithm>
+#include <climits>
+#include <cmath>
 #include <deque>
 #include <limits>
 #include <set>
@@ -20,7 +22,7 @@ std::string const kLogits = "logits";
 std::set<std::string> const kInputs{"attention_mask", "input_ids", "position_ids", "write_indices"};
 std::set<std::string> const kTensors{"attention_mask", "input_ids", "logits", "position_ids", "write_indices"};
 
-void require_known_inputs(LoadedModel const& model)
+void require_known_tensors(LoadedModel const& model, int64_t vocabulary)
 {
     for (Tensor const& tensor : model.tensors())
     {
@@ -31,10 +33,17 @@ void require_known_inputs(LoadedModel const& model)
                 "there is " + tensor.name, "use the edgeattn that exported the bundle");
         }
     }
-    if (!model.find("input_ids") || !model.find("logits"))
+    Tensor const* const ids = model.find("input_ids");
+    Tensor const* const logits = model.find(kLogits);
+    if (!ids || !ids->is_input || !logits || logits->is_input)
     {
-        throw Error(ErrorCode::kBundle, "a decoder with input_ids and logits", "one of them is missing",
-            "export the bundle again");
+        throw Error(ErrorCode::kBundle, "a decoder with an input input_ids and an output logits",
+            "one of them is missing", "export the bundle again");
+    }
+    if (logits->shape.size() != 3 || logits->shape.back() != vocabulary)
+    {
+        throw Error(ErrorCode::kBundle, "logits of shape [batch, length, " + std::to_string(vocabulary) + "]",
+            "the graph gives " + to_string(logits->shape), "export the bundle again");
     }
 }
 
@@ -46,10 +55,10 @@ LoadedModel const& require_rows(LoadedModel const& model, int64_t rows)
         throw Error(ErrorCode::kUsage, "at least 1 row in a session", "there are " + std::to_string(rows),
             "ask for as many as texts run together");
     }
-    int64_t most = 0;
+    int64_t most = INT64_MAX; // in each profile
     for (int32_t profile = 0; profile < model.profiles(); ++profile)
     {
-        most = std::max(most, model.largest_inputs(profile).at("input_ids").at(0));
+        most = std::min(most, model.largest_inputs(profile).at("input_ids").at(0));
     }
     if (rows > most)
     {
@@ -61,14 +70,15 @@ LoadedModel const& require_rows(LoadedModel const& model, int64_t rows)
 
 } // namespace
 
-class Session::Impl
+class Session::Impl final : public Session::Turns
 {
 public:
     Impl(Bundle const& bundle, SessionOptions const& options)
         : mFacts(decoder_facts(bundle))
         , mRows(options.rows)
         , mModel(bundle, options.engine)
-        , mCache((require_known_inputs(mModel), require_rows(mModel, mRows)), mRows, mArena)
+        , mCache((require_known_tensors(mModel, mFacts.vocabulary), require_rows(mModel, mRows)), mRows, mFacts.context,
+              mArena)
         , mRuns(options.cuda_graph)
         , mHistory(mRows)
     {
@@ -79,9 +89,14 @@ public:
         forget();
     }
 
+    Logits step(int64_t const* tokens, int64_t length) override
+    {
+        return step(tokens, length, nullptr, Positions::kLast);
+    }
+
     Logits step(int64_t const* tokens, int64_t length, int64_t const* mask, Positions positions)
     {
-        Turn const turn(mBusy);
+        require_room(length);
         Rows const rows = checked_rows(tokens, mRows, length, mask, mFacts.vocabulary);
         require_fit(rows);
         std::map<std::string, Feed> const feeds = feeds_of(rows);
@@ -94,21 +109,28 @@ public:
         Gpu::Current const current(mModel.gpu());
         int32_t const profile = mModel.choose_profile(shapes, "input_ids"); // decoding has its own
         mLost = true; // unless all of it succeeds
-        std::deque<std::vector<unsigned char>> const alive = upload(feeds);
+        std::deque<std::vector<unsigned char>> alive;
+        Gpu::Settled const settled(mModel.gpu()); // before what it copies from goes
+        upload(feeds, alive);
         mRuns.run(mModel, profile, mCache.side(), shapes, [&] { bind(profile); });
         Logits const logits = download(mModel.output_shape(profile, kLogits), rows, positions);
+        require_finite(logits, rows); // what is not may stand in the cache, too
         mHistory.add(rows);
         mCache.advance();
         mLost = false;
-        require_finite(logits, rows);
         return logits;
     }
 
-    void reset()
+    void reset() override
     {
-        Turn const turn(mBusy);
         Gpu::Current const current(mModel.gpu());
         forget();
+    }
+
+    //! Held by every call.
+    std::atomic_flag& busy()
+    {
+        return mBusy;
     }
 
     DecoderFacts const& facts() const
@@ -150,19 +172,25 @@ private:
         mLost = false;
     }
 
+    void require_room(int64_t length) const
+    {
+        if (length > mContext - mHistory.length())
+        {
+            throw Error(ErrorCode::kRuntimeInput,
+                "at most " + std::to_string(mContext) + " tokens, the context of the bundle",
+                length > INT64_MAX - mHistory.length()
+                    ? "there would be more"
+                    : "there would be " + std::to_string(mHistory.length() + length),
+                "give a shorter text, or export with a larger --context");
+        }
+    }
+
     void require_fit(Rows const& rows) const
     {
         if (mLost)
         {
             throw Error(ErrorCode::kRuntimeInput, "a session whose last step succeeded",
                 "it failed, and its state is lost", "call reset and give all tokens again");
-        }
-        int64_t const total = mHistory.length() + rows.length;
-        if (total > mContext)
-        {
-            throw Error(ErrorCode::kRuntimeInput,
-                "at most " + std::to_string(mContext) + " tokens, the context of the bundle",
-                "there would be " + std::to_string(total), "give a shorter text, or export with a larger --context");
         }
         for (int64_t row = 0; row < mRows; ++row)
         {
@@ -200,16 +228,14 @@ private:
         return feeds;
     }
 
-    //! \return what must live until the stream is done.
-    std::deque<std::vector<unsigned char>> upload(std::map<std::string, Feed> const& feeds)
+    //! \param alive takes what must live until the stream is done.
+    void upload(std::map<std::string, Feed> const& feeds, std::deque<std::vector<unsigned char>>& alive)
     {
-        std::deque<std::vector<unsigned char>> alive;
         for (auto const& [name, feed] : feeds)
         {
             alive.push_back(LoadedModel::encode(*mModel.find(name), feed.values));
             mModel.gpu().upload(mArena.at(mOffsets.at(name)), alive.back().data(), alive.back().size());
         }
-        return alive;
     }
 
     void bind(int32_t profile)
@@ -224,7 +250,8 @@ private:
     //! Waits for the logits that are wanted.
     Logits download(Shape const& given, Rows const& rows, Positions positions)
     {
-        if (given.size() != 3 || given[0] != mRows || given[2] != mFacts.vocabulary)
+        bool const fits = given.size() == 3 && given[0] == mRows && given[2] == mFacts.vocabulary;
+        if (!fits || (given[1] != rows.length && given[1] != 1))
         {
             throw Error(ErrorCode::kBundle,
                 "logits of shape [batch, length, " + std::to_string(mFacts.vocabulary) + "]",
@@ -254,13 +281,23 @@ private:
         for (int64_t row = 0; row < mRows; ++row)
         {
             int64_t const tokens = rows.tokens_of(row);
-            float const* const begin = logits.data + row * logits.positions * logits.vocabulary;
-            float const* const end = begin + std::min(tokens, logits.positions) * logits.vocabulary;
-            if (!std::all_of(begin, end, [](float logit) { return logit <= std::numeric_limits<float>::max(); }))
+            float const* place = logits.data + row * logits.positions * logits.vocabulary;
+            for (int64_t i = 0; i < std::min(tokens, logits.positions); ++i, place += logits.vocabulary)
             {
-                throw Error(ErrorCode::kRuntimeInput, "finite logits", "the model returned NaN or infinity",
-                    "run `edgeattn verify` on the bundle; fp16 may be too narrow for this model");
+                require_finite(place, place + logits.vocabulary);
             }
+        }
+    }
+
+    static void require_finite(float const* begin, float const* end)
+    {
+        bool const bounded
+            = std::all_of(begin, end, [](float logit) { return logit <= std::numeric_limits<float>::max(); });
+        bool const some = std::any_of(begin, end, [](float logit) { return std::isfinite(logit); });
+        if (!bounded || !some)
+        {
+            throw Error(ErrorCode::kRuntimeInput, "finite logits", "the model returned NaN or infinity",
+                "run `edgeattn verify` on the bundle; fp16 may be too narrow for this model");
         }
     }
 
@@ -332,13 +369,21 @@ bool Session::replays() const
     return mImpl->replays();
 }
 
+void Session::alone(std::function<void(Turns&)> const& work)
+{
+    Turn const turn(mImpl->busy());
+    work(*mImpl);
+}
+
 Logits Session::step(int64_t const* tokens, int64_t length, int64_t const* mask, Positions positions)
 {
+    Turn const turn(mImpl->busy());
     return mImpl->step(tokens, length, mask, positions);
 }
 
 void Session::reset()
 {
+    Turn const turn(mImpl->busy());
     mImpl->reset();
 }
 

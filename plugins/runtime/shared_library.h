@@ -21,7 +21,7 @@ public:
             {
                 mHandle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
                 char const* const reason = mHandle ? nullptr : dlerror();
-                mProblem = reason ? reason : "";
+                mProblem += reason ? (mProblem.empty() ? "" : "; ") + std::string(reason) : "";
             }
         }
     }
@@ -31,7 +31,7 @@ public:
         return mHandle != nullptr;
     }
 
-    //! What the system said of the last name that did not open.
+    //! What the system said of the names that did not open.
     std::string const& problem() const
     {
         return mProblem;

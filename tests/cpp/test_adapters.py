@@ -17,7 +17,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "plugins" / "runtime"
 HEADERS_11 = "EDGEATTN_TENSORRT11_INCLUDE"
 
 
-def build(headers: Path, folder: Path) -> set[str]:
+def build(headers: Path | str, folder: Path) -> set[str]:
     """The adapters that are built from headers."""
     places = {"EDGEATTN_TENSORRT_INCLUDE": headers, "EDGEATTN_CUDA_INCLUDE": cuda_include()}
     given = [f"-D{name}={place}" for name, place in places.items()]
@@ -34,6 +34,19 @@ def test_from_headers_of_tensorrt_11(tmp_path: Path) -> None:
     if headers is None:
         pytest.skip(f"needs {HEADERS_11}, TensorRT 11's headers, which no package index has")
     assert build(Path(headers), tmp_path) == {"trt11", "rtx"}
+
+
+def test_from_headers_that_say_they_are_of_rtx(tensorrt_headers: Path, tmp_path: Path) -> None:
+    """Its own headers have another macro; with those of 11 beside them, they are taken."""
+    headers = shutil.copytree(tensorrt_headers, tmp_path / "headers")
+    version = headers / "NvInferVersion.h"
+    text = version.read_text().replace("TRT_MAJOR_ENTERPRISE", "TRT_MAJOR_RTX")
+    version.write_text(text.replace("TRT_MAJOR_RTX 10", "TRT_MAJOR_RTX 1"))
+    assert build(headers, tmp_path / "rtx") == {"rtx"}
+    both = f"{tensorrt_headers};{headers}"
+    assert build(both, tmp_path / "both") == {"trt10", "rtx"}
+    with pytest.raises(AssertionError, match="there are two"):
+        build(f"{headers};{headers}", tmp_path / "twice")
 
 
 def test_from_headers_that_say_they_are_of_11(tensorrt_headers: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ public:
     //! \param tokens `[rows, length]`.
     //! \param mask `[rows, length]`, 1 at tokens and 0 at padding, which must be on the right; null without padding.
     //! \param types `[rows, length]`, which of two texts a token belongs to; null for one text.
-    //! \throws Error kRuntimeInput: an encoder of images, a type, id or mask that does not fit, or a failing GPU;
+    //! \throws Error kRuntimeInput: an encoder of images, a type, id or mask that does not fit, outputs that
+    //! are not finite, or a failing GPU;
     //! kLowering: the engine was built for other sizes; kUsage: another thread is in a call.
     Encoding run(int64_t const* tokens, int64_t rows, int64_t length, int64_t const* mask = nullptr,
         int64_t const* types = nullptr);

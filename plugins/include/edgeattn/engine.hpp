@@ -43,10 +43,11 @@ EDGEATTN_API Engine read_engine(std::string const& path);
 //! \throws Error kBundle: a record does not read.
 EDGEATTN_API std::vector<Engine> read_engines(Bundle const& bundle);
 
-//! The newest engine of a bundle that runs on a machine, or the one that is named.
-//! \param named its path, empty for the newest.
+//! The engines of a bundle that are for a machine, the newest first, or the one that is named. Which TensorRT there is
+//! is not looked at.
+//! \param named its path, empty for all.
 //! \throws Error kBundle: there is none; else what is wrong with the newest, see require_runs_here.
-EDGEATTN_API Engine choose_engine(
+EDGEATTN_API std::vector<Engine> engines_for(
     Bundle const& bundle, int64_t sm, std::string const& arch, std::string const& named = {});
 
 //! Refuses an engine that is damaged, stale, or made for another place. TensorRT's version is not looked at.

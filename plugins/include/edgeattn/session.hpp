@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -73,6 +74,21 @@ public:
     void reset();
 
 private:
+    friend class Generator;
+
+    //! Steps and resets of one caller, which no other call comes between. \throws Error kUsage: one is in a call.
+    class Turns
+    {
+    public:
+        virtual Logits step(int64_t const* tokens, int64_t length) = 0;
+        virtual void reset() = 0;
+
+    protected:
+        ~Turns() = default;
+    };
+
+    void alone(std::function<void(Turns&)> const& work);
+
     class Impl;
     explicit Session(std::unique_ptr<Impl> impl);
     std::unique_ptr<Impl> mImpl;

@@ -9,6 +9,7 @@
 #include <NvInferRuntime.h>
 #include <NvInferVersion.h>
 #include <cstdio>
+#include <dlfcn.h>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -161,6 +162,8 @@ public:
         }
         if (request.plugins)
         {
+            // Its code must outlive this runtime: another session may use it, too.
+            (void)dlopen(request.plugins, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
             // null, too, where this process has loaded it before; without its operators the engine does not load
             (void)mRuntime->getPluginRegistry().loadLibrary(request.plugins);
         }
@@ -241,6 +244,7 @@ public:
         {
             dims.d[i] = shape.sizes[i];
         }
+        ErrorLog::get().clear();
         return context(profile).setInputShape(input, dims);
     }
 
@@ -251,6 +255,7 @@ public:
 
     bool bind(int32_t profile, char const* name, uint64_t address) noexcept override
     {
+        ErrorLog::get().clear();
         return context(profile).setTensorAddress(name, reinterpret_cast<void*>(address));
     }
 
