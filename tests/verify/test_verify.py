@@ -232,8 +232,13 @@ def turn_back(proto: onnx.ModelProto) -> None:
     proto.graph.node.insert(0, helper.make_node("Neg", ["sin_cache_0"], ["wrong_sin"]))
 
 
-# Runs of one token behind a prompt.
-STEPS = ("continued.2", *(f"sequence.{step}" for step in range(1, 17)))
+# Runs of one token behind a prompt, and what they leave in the cache.
+STEPS = (
+    "continued.2",
+    "continued.present",
+    "sequence.present",
+    *(f"sequence.{step}" for step in range(1, 17)),
+)
 
 
 @pytest.mark.parametrize(
