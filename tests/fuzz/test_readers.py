@@ -21,6 +21,7 @@ ACCEPTED_MANIFESTS = {
     "manifest_big_integer.json",
     "manifest_twice.json",
     "manifest_file_twice.json",
+    "manifest_nested.json",
 }
 ACCEPTED_RECORDS = {"record.json", "record_plugins.json", "record_sms_many.json"}
 
