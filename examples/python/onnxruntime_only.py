@@ -31,7 +31,7 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 
 class Decoder:
-    """A graph and its cache, for one row; right for every bundle that a CPU can run."""
+    """A graph and its cache, for one row; right for every decoder whose cache grows."""
 
     def __init__(self, bundle: Path) -> None:
         """Loads the graph; its weights are found beside it."""
