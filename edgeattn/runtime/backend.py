@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeattn.runtime.layout import Layout
+
 BackendName = Literal["onnxruntime", "tensorrt"]
 BACKENDS: tuple[BackendName, ...] = ("onnxruntime", "tensorrt")
 
@@ -24,16 +26,16 @@ class Backend(Protocol):
     def run(
         self,
         input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
+        past: int,
+        layout: Layout | None,
         cache: Any,
     ) -> tuple[NDArray[np.float32], Any]:
         """One step.
 
         Args:
             input_ids: `[B, T]`.
-            attention_mask: `[B, P + T]`, 1 at tokens.
-            position_ids: `[B, T]`.
+            past: P, slots of the cache.
+            layout: of the tokens; None where no padding is among them or those before.
             cache: what the step before returned, or None for an empty one.
 
         Returns:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeattn.bundle.bundle import TOKENIZER
 from edgeattn.errors import UsageError
 from edgeattn.runtime.prompt import check_token_ids, encode_prompt
@@ -227,7 +230,7 @@ class TokenStream(Iterator[Token]):
         """Reads the prompt and chooses the first token."""
         started = time.perf_counter()
         for first in range(0, len(self._prompt_ids), PREFILL_PIECE):
-            step = self._run(self._prompt_ids[first : first + PREFILL_PIECE])
+            step = self._run(np.array([self._prompt_ids[first : first + PREFILL_PIECE]]))
         token_id = self._choose(step, 0)
         self._prefill_seconds = time.perf_counter() - started
         return token_id
@@ -235,13 +238,13 @@ class TokenStream(Iterator[Token]):
     def _decode(self, token_id: int, index: int) -> int:
         """Reads one token and chooses the next."""
         started = time.perf_counter()
-        token_id = self._choose(self._run([token_id]), index)
+        token_id = self._choose(self._run(np.array([[token_id]])), index)
         self._decode_seconds += time.perf_counter() - started
         self._decode_steps += 1
         return token_id
 
-    def _run(self, ids: Sequence[int]) -> Step:
-        step = self._session.run([ids], self._state)
+    def _run(self, ids: NDArray[np.int64]) -> Step:
+        step = self._session.run(ids, self._state)
         self._state = step.state
         return step
 

@@ -24,6 +24,7 @@ from edgeattn.runtime.kv_buffer import (
     Prefix,
     Results,
 )
+from edgeattn.runtime.layout import Layout
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -53,19 +54,23 @@ class InPlaceRunner(ABC):
         self._logits = next(o for o in session.get_outputs() if o.name == "logits")
 
     def run(
-        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+        self,
+        input_ids: NDArray[np.int64],
+        cache: Prefix | None,
+        layout: Layout | None = None,
     ) -> tuple[dict[str, NDArray[Any]], Prefix]:
         """One step.
 
         Args:
-            feeds: input_ids and position_ids `[B, T]`, attention_mask `[B, P + T]`.
+            input_ids: `[B, T]`.
             cache: what the step before returned, None for an empty one.
+            layout: of the tokens; None where no padding is among them or those before.
 
         Returns:
             The outputs by name, and the cache to go on with.
         """
-        batch, length = feeds["input_ids"].shape
-        places = feeds["attention_mask"].shape[1]
+        batch, length = input_ids.shape
+        places = length if cache is None else cache.places + length
         claimed = self._buffers.claim(cache, batch, places)
         buffer = claimed.buffer
         for name in self._others:
@@ -81,7 +86,7 @@ class InPlaceRunner(ABC):
                 buffer.step = self._bind_step(buffer, batch)
             inputs = buffer.step.inputs
             buffer.step.logits.bind()
-        self._fill(inputs, feeds)
+        self._fill(inputs, input_ids, places, layout)
         self._session.run_with_iobinding(buffer.binding)
         return self._outputs(buffer), claimed
 
@@ -99,13 +104,25 @@ class InPlaceRunner(ABC):
         """
 
     def _fill(
-        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        input_ids: NDArray[np.int64],
+        places: int,
+        layout: Layout | None,
     ) -> None:
-        """Writes into the bound inputs; what lies behind the mask stays 0."""
-        for name in TOKENS:
-            inputs[name][...] = feeds[name]
-        mask = feeds["attention_mask"]
-        inputs["attention_mask"][:, : mask.shape[1]] = mask
+        """Writes into the bound inputs, of which the mask behind `places` stays 0."""
+        length = input_ids.shape[1]
+        inputs["input_ids"][...] = input_ids
+        mask = inputs["attention_mask"][:, :places]
+        if layout is None:
+            mask.fill(1)
+            if length == 1:
+                inputs["position_ids"].fill(places - 1)
+            else:
+                inputs["position_ids"][...] = np.arange(places - length, places)
+        else:
+            inputs["position_ids"][...] = layout.position_ids
+            mask[...] = layout.attention_mask
 
     def _bind_inputs(
         self, buffer: Buffer, batch: int, length: int, places: int
@@ -141,21 +158,24 @@ class GroupQueryRunner(InPlaceRunner):
     """For a graph with GroupQueryAttention, whose rows' valid keys lie at the front."""
 
     def run(
-        self, feeds: Mapping[str, NDArray[np.int64]], cache: Prefix | None
+        self,
+        input_ids: NDArray[np.int64],
+        cache: Prefix | None,
+        layout: Layout | None = None,
     ) -> tuple[dict[str, NDArray[Any]], Prefix]:
         """As `InPlaceRunner.run`.
 
         Several rows that have a past take their tokens one by one, as the operator demands.
         """
-        batch, length = feeds["input_ids"].shape
+        batch, length = input_ids.shape
         if cache is None or batch == 1 or length == 1:
-            return super().run(feeds, cache)
-        steps = []
+            return super().run(input_ids, cache, layout)
+        steps, one = [], layout
         for i in range(length):
             new, seen = slice(i, i + 1), cache.places + 1
-            one = {name: feeds[name][:, new] for name in TOKENS}
-            one["attention_mask"] = feeds["attention_mask"][:, :seen]
-            outputs, cache = super().run(one, cache)
+            if layout is not None:
+                one = Layout(layout.attention_mask[:, :seen], layout.position_ids[:, new])
+            outputs, cache = super().run(input_ids[:, new], cache, one)
             steps.append(outputs)
         joined = {name: np.concatenate([s[name] for s in steps], axis=1) for name in steps[0]}
         return joined, cache
@@ -176,11 +196,15 @@ class GroupQueryRunner(InPlaceRunner):
         return {"attention_mask": (batch, capacity if length == 1 else places)}
 
     def _fill(
-        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        input_ids: NDArray[np.int64],
+        places: int,
+        layout: Layout | None,
     ) -> None:
-        super()._fill(inputs, feeds)
-        length, places = feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]
-        if places > length:
+        super()._fill(inputs, input_ids, places, layout)
+        length = input_ids.shape[1]
+        if layout is not None and places > length:
             # The operator takes every new place for a token. A row's next token overwrites what is
             # padding here, whose place it would else seek among the row's own.
             inputs["attention_mask"][:, places - length : places] = 1
@@ -205,10 +229,14 @@ class StaticCacheRunner(InPlaceRunner):
         return {"attention_mask": (batch, capacity), "write_indices": (batch,)}
 
     def _fill(
-        self, inputs: Mapping[str, NDArray[Any]], feeds: Mapping[str, NDArray[np.int64]]
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        input_ids: NDArray[np.int64],
+        places: int,
+        layout: Layout | None,
     ) -> None:
-        super()._fill(inputs, feeds)
-        inputs["write_indices"][:] = feeds["attention_mask"].shape[1] - feeds["input_ids"].shape[1]
+        super()._fill(inputs, input_ids, places, layout)
+        inputs["write_indices"][:] = places - input_ids.shape[1]
 
 
 def runner_for(kv_cache: object) -> type[InPlaceRunner] | None:

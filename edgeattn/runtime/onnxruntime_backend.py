@@ -22,6 +22,7 @@ from edgeattn.errors import (
 from edgeattn.planner.lowering import Lowering
 from edgeattn.runtime.in_place import InPlaceRunner, free_capacity, runner_for
 from edgeattn.runtime.kv_buffer import PAST, PRESENT, Prefix, empty_shape
+from edgeattn.runtime.layout import Layout
 from edgeattn.runtime.providers import (
     DEVICES,
     PROVIDERS,
@@ -207,34 +208,25 @@ class OnnxRuntimeBackend:
     def run(
         self,
         input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
+        past: int,
+        layout: Layout | None,
         cache: Cache | None,
     ) -> tuple[NDArray[np.float32], Cache]:
-        """One step of the decoder.
-
-        Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, P + T]`, 1 at tokens.
-            position_ids: `[B, T]`.
-            cache: what the step before returned, or None for an empty one.
-
-        Returns:
-            Logits `[B, T, V]` (`[B, 1, V]` when the graph keeps the last only) and the new cache.
+        """See `edgeattn.runtime.backend.Backend.run`.
 
         Raises:
             RuntimeInputError: ONNX Runtime fails, for one out of memory.
         """
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        feeds["position_ids"] = position_ids
         try:
             if self._in_place is not None:
                 assert cache is None or isinstance(cache, Prefix)
-                outputs, written = self._in_place.run(feeds, cache)
+                outputs, written = self._in_place.run(input_ids, cache, layout)
                 return outputs["logits"].astype(np.float32, copy=False), written
             assert not isinstance(cache, Prefix)
+            batch, length = input_ids.shape
+            feeds = {"input_ids": input_ids, **vars(layout or Layout.dense(batch, past, length))}
             values = {name: self._to_value(array) for name, array in feeds.items()}
-            values.update(zip(self._past, cache or self._empty_cache(len(input_ids)), strict=True))
+            values.update(zip(self._past, cache or self._empty_cache(batch), strict=True))
             if self._device is None:
                 found = self._session.run_with_ort_values(self._outputs, values)
             else:

@@ -12,6 +12,7 @@ from edgeattn.devices.probe import probe
 from edgeattn.engine.encoder_execution import EncoderRunner
 from edgeattn.engine.execution import DeviceCache, EngineRunner
 from edgeattn.engine.record import Engine, choose_engine
+from edgeattn.runtime.layout import Layout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +42,8 @@ class TensorRtBackend:
     def run(
         self,
         input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
+        past: int,
+        layout: Layout | None,
         cache: DeviceCache | None,
     ) -> tuple[NDArray[np.float32], DeviceCache]:
         """See `edgeattn.runtime.backend.Backend.run`.
@@ -51,8 +52,10 @@ class TensorRtBackend:
             LoweringError: the engine was built for other sizes.
             RuntimeInputError: the GPU fails, or the cache was taken by a step before.
         """
+        batch, length = input_ids.shape
+        told = layout or Layout.dense(batch, past, length)
         with self._turn:
-            return self._runner.run(input_ids, attention_mask, position_ids, cache)
+            return self._runner.run(input_ids, told.attention_mask, told.position_ids, cache)
 
     def cache_bytes(self, cache: DeviceCache) -> int:
         """Memory of a cache on the GPU in bytes."""

@@ -73,7 +73,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt of a conversation, ready for the model's answer.
@@ -111,33 +111,36 @@ class TextStream:
         self._text = text
         # The text of a token depends on the one before: some decoders drop a leading space.
         self._known = list(prompt_ids[-_CONTEXT:])
+        self._known_text = text.decode(self._known)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str | None:
         """The text that `token_id` completes, None while a character is unfinished."""
         self._pending.append(token_id)
-        piece = self._piece()
-        if piece.endswith(_REPLACEMENT) and len(self._pending) <= _MOST_HELD_BACK:
+        whole = self._text.decode(self._known + self._pending)
+        is_unfinished = whole.endswith(_REPLACEMENT) and whole != self._known_text
+        if is_unfinished and len(self._pending) <= _MOST_HELD_BACK:
             return None
-        return self._release(piece)
+        return self._release(whole)
 
     def finish(self) -> str:
         """What is still held back, with a replacement character for unfinished ones."""
-        return self._release(self._piece()) if self._pending else ""
+        return self._release(self._text.decode(self._known + self._pending))
 
-    def _piece(self) -> str:
-        known = self._text.decode(self._known)
-        whole = self._text.decode([*self._known, *self._pending])
-        if whole.startswith(known):
-            return whole[len(known) :]
-        # Byte tokens: an unfinished character spoils the whole ones right before it.
-        return self._text.decode(self._pending)
-
-    def _release(self, piece: str) -> str:
+    def _release(self, whole: str) -> str:
+        """What the pending tokens add to the text; `whole` is that of the known ones and them."""
+        pending, self._pending = self._pending, []
+        if whole.startswith(self._known_text):
+            piece, known = whole[len(self._known_text) :], self._known + pending
+        else:
+            # Byte tokens: an unfinished character spoils the whole ones right before it.
+            piece = whole = self._text.decode(pending)
+            known = pending
         # Only special tokens gave no text; they need not become the context of the next.
         if piece:
-            self._known = [*self._known, *self._pending][-_CONTEXT:]
-        self._pending = []
+            if len(known) > _CONTEXT:
+                known, whole = pending, self._text.decode(pending)
+            self._known, self._known_text = known, whole
         return piece
 
 

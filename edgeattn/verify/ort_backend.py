@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgeattn.planner.lowering import Lowering
 from edgeattn.runtime.in_place import InPlaceRunner, free_capacity, runner_for
 from edgeattn.runtime.kv_buffer import NUMPY_DTYPES, PAST, PRESENT, Prefix, empty_shape
+from edgeattn.runtime.layout import Layout
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
 from edgeattn.runtime.providers import provider_options, widen_boundary
 from edgeattn.verify.cases import RAGGED_LENGTHS, StepInputs
@@ -100,7 +101,10 @@ class OrtBackend:
         """As the runtime does it, so that the proof is about what will run."""
         before = None if past is None else past["cache"]
         assert before is None or isinstance(before, Prefix)
-        outputs, cache = runner.run(vars(inputs), before)
+        layout = Layout(inputs.attention_mask, inputs.position_ids)
+        # without padding the runner is told nothing
+        told = None if layout.is_dense() else layout
+        outputs, cache = runner.run(inputs.input_ids, before, told)
         return {**outputs, **cache.tensors(), "cache": cache}
 
     def to_numpy(self, value: object) -> NDArray[np.float32]:
