@@ -73,13 +73,15 @@ def main() -> None:
     prepare_ours(arguments.quant, arguments.calibration)
     session = Session.open(OURS, threads=arguments.threads)
     measure_inside()
-    ids = np.random.default_rng(0).integers(5, 40000, max(PROMPTS)).tolist()
+    random = np.random.default_rng(0)
     results: dict[str, Any] = {}
     for length in PROMPTS:
         for name, mode in MODES.items():
             shares, milliseconds = [], []
             for round_ in range(arguments.rounds + 1):
-                measured = steps(session, ids[:length], mode)
+                # another text each round: one that repeats would have its words at hand
+                prompt = random.integers(5, 40000, length).tolist()
+                measured = steps(session, prompt, mode)
                 if round_:  # the first warms up
                     rest = [(whole - run) / whole for whole, run in measured]
                     shares.append(statistics.median(rest))

@@ -25,7 +25,7 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 PREFILL_PIECE = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Token:
     """A generated token.
 
@@ -183,6 +183,7 @@ class TokenStream(Iterator[Token]):
         has_text = session.bundle.file(TOKENIZER) is not None
         self._text: TextStream | None = session.text.stream(prompt_ids) if has_text else None
         self._state: State | None = None
+        self._new_id = np.empty((1, 1), np.int64)  # what a decode step reads
         self._held: list[int] = []
         self._given: list[Token] = []
         self._finish_reason: FinishReason = "interrupted"
@@ -238,7 +239,8 @@ class TokenStream(Iterator[Token]):
     def _decode(self, token_id: int, index: int) -> int:
         """Reads one token and chooses the next."""
         started = time.perf_counter()
-        token_id = self._choose(self._run(np.array([[token_id]])), index)
+        self._new_id.fill(token_id)
+        token_id = self._choose(self._run(self._new_id), index)
         self._decode_seconds += time.perf_counter() - started
         self._decode_steps += 1
         return token_id
@@ -254,8 +256,10 @@ class TokenStream(Iterator[Token]):
         return self._sampling.pick(step.logits[0, -1], index)
 
     def _give(self, token_id: int) -> list[Token]:
-        self._held.append(token_id)
         text = "" if self._text is None else self._text.push(token_id)
+        if text is not None and not self._held:
+            return [Token(token_id, text)]
+        self._held.append(token_id)
         return [] if text is None else self._release(text)
 
     def _give_rest(self) -> list[Token]:

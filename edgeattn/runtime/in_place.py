@@ -142,15 +142,13 @@ class InPlaceRunner(ABC):
         return DecodeStep(self._bind_inputs(buffer, batch, 1, 1), logits)
 
     def _outputs(self, buffer: Buffer) -> dict[str, NDArray[Any]]:
+        outputs = {"logits": buffer.step.logits.take()} if buffer.step else {}
         names = self._others if buffer.step else [*self._others, "logits"]
-        outputs = {}
         if names:
             # They come in the order they were bound first: the cache, the others, the logits.
             values = buffer.binding.get_outputs_as_ortvaluevector()
             for place, name in enumerate(names, start=len(buffer.arrays)):
                 outputs[name] = of_value(values[place])
-        if buffer.step:
-            outputs["logits"] = buffer.step.logits.take()
         return outputs
 
 

@@ -223,8 +223,11 @@ class Session:
         return ids
 
     def _check_vocabulary(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> None:
-        every = ids.ravel().tolist()  # of one token, half the time of numpy's minimum and maximum
-        if min(every) >= 0 and max(every) < self.vocab_size:
+        if ids.size == 1:  # a decode step: item() takes a tenth of the time
+            smallest = largest = ids.item()
+        else:
+            smallest, largest = ids.min(), ids.max()
+        if smallest >= 0 and largest < self.vocab_size:
             return
         wrong = (ids < 0) | (ids >= self.vocab_size)
         if mask is not None:

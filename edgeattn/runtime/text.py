@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
@@ -33,6 +34,7 @@ class Text:
     tokenizer: Tokenizer
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    _pieces: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(cls, bundle: Bundle) -> Text:
@@ -75,6 +77,29 @@ class Text:
         """The text of tokens, without special ones."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def piece(self, token_id: int) -> str | None:
+        """The text of a token wherever it stands; None where that depends on those around it.
+
+        Right after a run of the model the tokenizer's tables are in no cache: to decode a token
+        takes twenty times as long as to look up what it gave before.
+        """
+        if not self._is_context_free:
+            return None
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self.decode([token_id])
+            if _REPLACEMENT in piece:  # a part of a character
+                return None
+            self._pieces[token_id] = piece
+        return piece
+
+    @cached_property
+    def _is_context_free(self) -> bool:
+        """Whether the text of tokens is their bytes put together."""
+        from tokenizers.decoders import ByteLevel
+
+        return isinstance(self.tokenizer.decoder, ByteLevel)
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt of a conversation, ready for the model's answer.
 
@@ -116,6 +141,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str | None:
         """The text that `token_id` completes, None while a character is unfinished."""
+        if not self._pending:
+            piece = self._text.piece(token_id)
+            if piece is not None:
+                self._known, self._known_text = [token_id], piece
+                return piece
         self._pending.append(token_id)
         whole = self._text.decode(self._known + self._pending)
         is_unfinished = whole.endswith(_REPLACEMENT) and whole != self._known_text

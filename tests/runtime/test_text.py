@@ -64,6 +64,21 @@ def test_any_tokens_give_text(ids):
     stream.finish().encode()
 
 
+def test_parts_of_a_character_that_others_part_never_join():
+    first, *rest = BYTES.encode("€")
+    stream = BYTES.stream([first])
+    pieces = [stream.push(token) or "" for token in (*BYTES.encode("ab"), first)]
+    pieces += [stream.push(token) or "" for token in (*BYTES.encode("a"), *rest)]
+    assert "".join(pieces) + stream.finish() == "ab\ufffda\ufffd\ufffd"
+
+
+def test_only_a_decoder_of_bytes_has_pieces_of_their_own(stories):
+    assert BYTES.piece(BYTES.encode("a")[0]) == BYTES.piece(BYTES.encode("a")[0]) == "a"
+    assert BYTES.piece(BYTES.encode("€")[0]) is None
+    assert BYTES.piece(BYTES.tokenizer.token_to_id(END)) == ""
+    assert stories.text.piece(stories.text.encode("She")[-1]) is None
+
+
 def test_special_tokens_give_no_text():
     stream = BYTES.stream()
     end = BYTES.tokenizer.token_to_id(END)
