@@ -41,7 +41,7 @@ def empty_shape(declared: Sequence[object], batch: int) -> list[int]:
     return [batch, *(size if isinstance(size, int) else 0 for size in declared[1:])]
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)
 class Prefix:
     """The cache of one state: the first `places` places of a buffer.
 
