@@ -178,7 +178,7 @@ def test_sums_of_one_feature(rows: int, keys: int, length: int, attributes: dict
 
 @pytest.mark.parametrize("degree", [1, 2])
 def test_sums_of_every_order(degree: int) -> None:
-    inputs = made([75], rows=65, keys=80, degree=degree, key_mean="any")
+    inputs = made([75], rows=65, keys=80, degree=degree, width=6, key_mean="any")
     assert error_of_sums(inputs, window=7, causal=degree - 1) <= 2e-6
 
 
