@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import (
     BashComplete,
+    FishComplete,
+    ZshComplete,
     add_completion_class,
     get_completion_class,
     split_arg_string,
@@ -51,6 +53,67 @@ _BASH = """\
 complete -o nosort -F %(complete_func)s %(prog_name)s
 """
 
+# As click's, but that --option= stays in front of the answers, and that no blank follows what is
+# unfinished.
+_ZSH = """\
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local kind value help
+    local -a response whole unfinished described
+    (( ! $+commands[%(prog_name)s] )) && return 1
+    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
+        %(complete_var)s=zsh_complete %(prog_name)s)}")
+    compset -P 1 '--*='
+    for kind value help in ${response}; do
+        case $kind in
+            plain)
+                if [[ $value == *[=@:] ]]; then
+                    unfinished+=("${value//\\:/:}")
+                elif [[ $help == _ ]]; then
+                    whole+=("$value")
+                else
+                    described+=("$value:$help")
+                fi
+                ;;
+            dir) _path_files -/ ;;
+            file) _path_files -f ;;
+        esac
+    done
+    (( $#described )) && _describe -V unsorted described
+    (( $#whole )) && compadd -V unsorted -a whole
+    (( $#unfinished )) && compadd -V unsorted -S '' -a unfinished
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
+# As click's, but that --option= stays in front of the answers, and that these may hold commas.
+_FISH = """\
+function %(complete_func)s
+    set -l option (string match --regex -- '^--[^=]+=' (commandline -t))
+    set -l response (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) \
+        COMP_CWORD=(commandline -t) %(prog_name)s)
+    for answer in $response
+        set -l parts (string split --max 1 , $answer)
+        switch $parts[1]
+            case plain
+                echo "$option$parts[2]"
+            case dir
+                __fish_complete_directories $parts[2] | string replace --regex -- '^' "$option"
+            case file
+                __fish_complete_path $parts[2] | string replace --regex -- '^' "$option"
+        end
+    end
+end
+
+complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
+"""
+
 
 class _Bash(BashComplete):
     """Bash breaks words at `@`, `:` and `=`, where names of targets and schemes go on.
@@ -87,7 +150,20 @@ def _last_break(word: str) -> int:
     return max([0, *ends])
 
 
-add_completion_class(_Bash)
+class _Zsh(ZshComplete):
+    """With our script."""
+
+    source_template = _ZSH
+
+
+class _Fish(FishComplete):
+    """With our script."""
+
+    source_template = _FISH
+
+
+for _shell in (_Bash, _Zsh, _Fish):
+    add_completion_class(_shell)
 
 
 @click.command(

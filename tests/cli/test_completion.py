@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(sys.executable).with_name("edgeattn")
+REPOSITORY = Path(__file__).parents[2]
 
 
 def bash(line: str) -> list[str]:
@@ -79,6 +80,14 @@ def test_bash(line: str, offered: list[str] | None) -> None:
         assert sorted(found) == sorted(offered)
 
 
+# How each starts without the user's settings, and what makes it complete.
+TERMINALS = {
+    "bash": (["bash", "--norc", "--noprofile", "-i"], ""),
+    "zsh": (["zsh", "-f", "-i"], "autoload -Uz compinit; compinit -u -D; "),
+}
+
+
+@pytest.mark.parametrize("shell", TERMINALS)
 @pytest.mark.parametrize(
     ("word", "whole"),
     [
@@ -86,19 +95,27 @@ def test_bash(line: str, offered: list[str] | None) -> None:
         ("--target=jetson-thor-t4000@jet", "--target=jetson-thor-t4000@jetpack7.2 "),
         ("--quant w4-rtn:gr", "--quant w4-rtn:group="),
         ("--quant w4-rtn:group=32,do", "--quant w4-rtn:group=32,down_proj="),
+        ("--quant=w4-rtn:group=32,do", "--quant=w4-rtn:group=32,down_proj="),
+        ("--calibration=pyproj", "--calibration=pyproject.toml "),
     ],
 )
-def test_the_line_comes_out_whole_in_a_terminal(word: str, whole: str) -> None:
+def test_the_line_comes_out_whole_in_a_terminal(shell: str, word: str, whole: str) -> None:
     """Readline replaces what stands behind the last of its breaks, and it breaks at @, : and =."""
+    command, prepared = TERMINALS[shell]
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    if shell == "zsh":
+        whole = whole.strip()  # it takes the blank back when the cursor moves
     typed = (
-        f"PATH={PROGRAM.parent}:$PATH; source <(edgeattn completion bash)\n"
+        f"PATH={PROGRAM.parent}:$PATH; {prepared}source <(edgeattn completion {shell})\n"
         f"edgeattn export m {word}\t"
         "\x01echo '<'\x05'>'; exit\n"  # to the line's start and end
     )
     master, slave = pty.openpty()
-    shell = subprocess.Popen(
-        ["bash", "--norc", "--noprofile", "-i"],
+    process = subprocess.Popen(
+        command,
         env=os.environ | {"TERM": "dumb", "COLUMNS": "500"},
+        cwd=REPOSITORY,
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
     )  # fmt: skip
     os.close(slave)
@@ -108,8 +125,35 @@ def test_the_line_comes_out_whole_in_a_terminal(word: str, whole: str) -> None:
         while part := os.read(master, 4096):
             shown += part
     os.close(master)
-    assert shell.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 0
     assert f"<edgeattn export m {whole}>" in shown.decode()
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.parametrize(
+    ("word", "offered"),
+    [
+        ("--target jetson-thor-t4000@", ["jetson-thor-t4000@jetpack7.2"]),
+        ("--target=jetson-thor-t4000@", ["--target=jetson-thor-t4000@jetpack7.2"]),
+        ("--quant w4-rtn:group=32,", ["w4-rtn:group=32,down_proj="]),
+        ("--calibration=pyproj", ["--calibration=pyproject.toml"]),
+        ("--calibration pyproj", ["pyproject.toml"]),
+    ],
+)
+def test_fish(word: str, offered: list[str]) -> None:
+    ask = f"edgeattn completion fish | source; complete -C 'edgeattn export m {word}'"
+    path = f"{PROGRAM.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", ask],
+        env=os.environ | {"PATH": path},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == offered
 
 
 def test_zsh_and_fish() -> None:
