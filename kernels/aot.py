@@ -22,6 +22,7 @@ from edgeattn.kernels.compilers import compile_tasks
 from edgeattn.kernels.cubin_cache import Compiled, CubinCache, write_whole
 from edgeattn.kernels.kernel import ArgumentType
 from edgeattn.kernels.manifest import FP_FUSION, MANIFEST, Cubin, Manifest, make_manifest
+from edgeattn.kernels.source_key import source_key
 from edgeattn.kernels.variants import Variant, require_triton
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -197,8 +198,7 @@ def _task(variant: Variant, sm: int, triton_version: str) -> _Task:
     request = {
         "triton": triton_version,
         "function": [function.__module__, function.__name__],
-        # Triton's own: of its code, its constants and of all functions it calls.
-        "source": function.cache_key,
+        "source": source_key(function),
         "signature": {**types, **dict.fromkeys(kernel.constants, "constexpr")},
         "constants": dict(variant.constants),
         # TensorRT asks for tensors aligned to 256 bytes, our workspaces are.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from edgeattn.errors import EdgeattnError
+from edgeattn.kernels.source_key import source_key
 
 _CHILD_MODULE = "edgeattn.kernels.compilers"
 _START_S, _EXIT_S = 120.0, 10.0
@@ -235,7 +236,7 @@ def _compile(request: Mapping[str, Any]) -> dict[str, Any]:
 
     module, name = request["function"]
     function = getattr(importlib.import_module(module), name)
-    if function.cache_key != request["source"]:
+    if source_key(function) != request["source"]:
         raise RuntimeError("its source was changed meanwhile")
     attributes = {(i,): [["tt.divisibility", n]] for i, n in request["attributes"].items()}
     source = ASTSource(function, request["signature"], request["constants"], attributes)

@@ -1,4 +1,5 @@
-//! Plays TensorRT for one plugin: `plugin_driver LIBRARY < commands`, one command and its answer per line.
+//! Plays TensorRT for one plugin: `plugin_driver LIBRARY LOGGER < commands`, one command and its answer per line.
+//! LOGGER is a library of fake_logger.cpp.
 //!
 //!   creators | abi | table
 //!   create OP [NAME=int:1 | NAME=float:0.5 | NAME=text:a]...     clone | attach | reload (serialised and made again)
@@ -32,27 +33,6 @@ namespace
 
 //! CU_STREAM_PER_THREAD: another one than the stream that a forgotten argument means.
 auto* const kSTREAM = reinterpret_cast<cudaStream_t>(2);
-
-class Logger final : public ILogger
-{
-public:
-    void log(Severity severity, char const* message) noexcept override
-    {
-        std::cout << "log " << static_cast<int32_t>(severity) << " " << message << std::endl;
-    }
-};
-
-class Finder final : public ILoggerFinder
-{
-public:
-    ILogger* findLogger() override
-    {
-        return &mLogger;
-    }
-
-private:
-    Logger mLogger;
-};
 
 template <typename Function>
 Function* symbol(void* library, char const* name)
@@ -191,10 +171,11 @@ std::string readFile(std::string const& path)
 class Driver
 {
 public:
-    explicit Driver(char const* library)
+    Driver(char const* library, char const* logger)
         : mLibrary(opened(library))
     {
-        symbol<void(ILoggerFinder*)>(mLibrary, "setLoggerFinder")(&mFinder);
+        void* const finder = symbol<void*() noexcept>(opened(logger), "fakeFinder")();
+        symbol<void(ILoggerFinder*)>(mLibrary, "setLoggerFinder")(static_cast<ILoggerFinder*>(finder));
         int32_t count = 0;
         auto* const creators = symbol<IPluginCreatorInterface* const*(int32_t&)>(mLibrary, "getCreators")(count);
         for (int32_t i = 0; i < count; ++i)
@@ -582,7 +563,6 @@ private:
     }
 
     void* mLibrary;
-    Finder mFinder;
     Device mDevice;
     std::vector<IPluginCreatorV3One*> mCreators;
     std::unique_ptr<IPluginV3> mPlugin;
@@ -596,7 +576,7 @@ int main(int argc, char** argv)
 {
     try
     {
-        Driver driver(argc > 1 ? argv[1] : "");
+        Driver driver(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "");
         for (std::string line; std::getline(std::cin, line);)
         {
             driver.obey(line);

@@ -70,6 +70,7 @@ class Answers:
     lines: dict[str, list[str]]
     calls: list[str]
     signatures: dict[str, list[str]]
+    stderr: str
 
     def __getitem__(self, command: str) -> str:
         """The last answer to a command."""
@@ -119,7 +120,12 @@ class Library:
     signatures: dict[str, list[str]]
 
     def drive(
-        self, *commands: str, cuda: Path | None = None, fails: bool = False, **settings: object
+        self,
+        *commands: str,
+        cuda: Path | None = None,
+        fails: bool = False,
+        tensorrt: tuple[int, int] = (10, 101401),
+        **settings: object,
     ) -> Answers:
         """Runs commands of plugin_driver.cpp.
 
@@ -127,14 +133,18 @@ class Library:
             commands: one per line.
             cuda: folder of another libcuda than the fake one.
             fails: whether the driver itself ends with an error.
+            tensorrt: the major whose layout its logger has, and what getInferLibVersion says.
             settings: of the fake libcuda, FAKE_CUDA_... without that.
         """
         log = self.fake_cuda / "log"
         log.unlink(missing_ok=True)
         environment = {f"FAKE_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
         environment |= {"LD_LIBRARY_PATH": str(cuda or self.fake_cuda), "FAKE_CUDA_LOG": str(log)}
+        layout, version = tensorrt
+        environment["FAKE_TENSORRT_VERSION"] = str(version)
+        logger = self.fake_cuda / f"libfake_logger{layout}.so"
         done = subprocess.run(
-            [*self.driver, str(self.path)],
+            [*self.driver, str(self.path), str(logger)],
             input="\n".join(commands),
             env={**os.environ, **environment},
             capture_output=True,
@@ -147,7 +157,8 @@ class Library:
         for line in done.stdout.splitlines():
             command, _, rest = line.partition(" ")
             lines[command].append(rest)
-        return Answers(lines, log.read_text().splitlines() if log.exists() else [], self.signatures)
+        calls = log.read_text().splitlines() if log.exists() else []
+        return Answers(lines, calls, self.signatures, done.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -256,7 +267,8 @@ def build(
             pytest.skip(str(error))
         out = tmp_path_factory.mktemp(arch)
         path = build_library(toolchain, repository / "plugins", sources, out)
-        command = [toolchain.cmake, "--build", str(out), "--target", "plugin_driver", "fake_cuda"]
+        fakes = ("fake_cuda", "fake_logger10", "fake_logger11")
+        command = [toolchain.cmake, "--build", str(out), "--target", "plugin_driver", *fakes]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         names = {n: [a for a, _ in given] for n, given in signatures.items()}
