@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cmake_projects import configure, cuda_include, json_include, run
+from cpp_session import CppSession
 from fake_engine import SM
 from nvinfer_stubs import write_stubs
 from shared_folders import made_once
@@ -26,6 +28,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "plugins" / "runtime"
 FAKE_NVINFER = REPOSITORY / "tests" / "support" / "fake_nvinfer" / "fake_nvinfer.cpp"
 SANITIZE = "-DEDGEATTN_SANITIZE=ON"
+VERSIONS = {10: "10.14.0", 11: "11.0.0"}
+
+
+def tensorrt_major(headers: Path) -> int:
+    """The major of TensorRT's headers."""
+    text = (headers / "NvInferVersion.h").read_text()
+    found = re.search(r"#define (?:TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR) (\d+)", text)
+    assert found, headers
+    return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def installed(
             made = package_library(arch, folder, tensorrt=[tensorrt_headers])
         except MissingDependencyError as error:
             pytest.skip(str(error))
-        assert made.adapters == ("trt10",)
+        assert f"trt{tensorrt_major(tensorrt_headers)}" in made.adapters
         with tarfile.open(made.path) as archive:
             archive.extractall(folder, filter="data")
 
@@ -75,7 +86,8 @@ def sanitized(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A build with the address, leak and undefined-behaviour sanitizers: drivers and adapter."""
     includes = {"TENSORRT": tensorrt_headers, "CUDA": cuda_include()}
     flags = [f"-DEDGEATTN_{name}_INCLUDE={path}" for name, path in includes.items()]
-    targets = ["runtime_driver", "session_driver", "edgeattn_trt10"]
+    adapter = f"edgeattn_trt{tensorrt_major(tensorrt_headers)}"
+    targets = ["runtime_driver", "session_driver", adapter]
 
     def build(folder: Path) -> None:
         configure(SOURCES, folder, platform.machine(), *flags, SANITIZE)
@@ -91,26 +103,43 @@ def runtime(installed: Callable[[str], Path], sanitized: Path) -> Runtime:
 
 @pytest.fixture(scope="session")
 def fake_nvinfer(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a libnvinfer.so.10 that runs engines of fake_tensorrt, on fake_cuda."""
+    """The folder of a libnvinfer that runs engines of fake_tensorrt, on fake_cuda.
+
+    Its layout is that of the headers that are given, of TensorRT 10 or 11.
+    """
     folder = tmp_path_factory.mktemp("nvinfer")
+    library = folder / f"libnvinfer.so.{tensorrt_major(tensorrt_headers)}"
     write_stubs(tensorrt_headers, folder / "stubs.h")
-    flags = ["-std=c++17", "-shared", "-fPIC", "-w", "-Wl,-soname,libnvinfer.so.10"]
+    flags = ["-std=c++17", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}"]
     includes = [
         f"-I{place}" for place in (folder, tensorrt_headers, cuda_include(), json_include())
     ]
-    library = folder / "libnvinfer.so.10"
     run([*find_compiler(platform.machine()), *flags, *includes, FAKE_NVINFER, "-o", library])
     return folder
 
 
+@pytest.fixture(scope="session")
+def tensorrt(tensorrt_headers: Path) -> str:
+    """The version that the fake TensorRT has."""
+    return VERSIONS[tensorrt_major(tensorrt_headers)]
+
+
 @pytest.fixture
-def there(fake_nvinfer: Path, fake_cuda: Path) -> dict[str, str]:
-    """The environment of a process on a machine with a GPU and TensorRT 10, both fake."""
+def there(fake_nvinfer: Path, fake_cuda: Path, tensorrt: str) -> dict[str, str]:
+    """The environment of a process on a machine with a GPU and TensorRT, both fake."""
+    major, minor, patch = map(int, tensorrt.split("."))
     settings = {
         "LD_LIBRARY_PATH": f"{fake_nvinfer}:{fake_cuda}",
+        "FAKE_NVINFER_VERSION": str((major * 100 + minor) * 100 + patch),
         "FAKE_NVINFER_PYTHON": sys.executable,
         "FAKE_NVINFER_SERVER": str(FAKE_NVINFER.with_name("engine_server.py")),
         "FAKE_CUDA_SM": str(SM),
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
     return {**os.environ, **settings}
+
+
+@pytest.fixture
+def cpp(sanitized: Path, there: dict[str, str]) -> Callable[..., CppSession]:
+    """A function from settings of the fakes to a process."""
+    return lambda **settings: CppSession(sanitized, {**there, **settings})

@@ -41,10 +41,11 @@ def test_from_headers_that_say_they_are_of_rtx(tensorrt_headers: Path, tmp_path:
     headers = shutil.copytree(tensorrt_headers, tmp_path / "headers")
     version = headers / "NvInferVersion.h"
     text = version.read_text().replace("TRT_MAJOR_ENTERPRISE", "TRT_MAJOR_RTX")
-    version.write_text(text.replace("TRT_MAJOR_RTX 10", "TRT_MAJOR_RTX 1"))
+    version.write_text(re.sub(r"TRT_MAJOR_RTX (\d+)", "TRT_MAJOR_RTX 1", text))
+    major = re.findall(r"TRT_MAJOR_RTX (\d+)", text)[0]
     assert build(headers, tmp_path / "rtx") == {"rtx"}
     both = f"{tensorrt_headers};{headers}"
-    assert build(both, tmp_path / "both") == {"trt10", "rtx"}
+    assert build(both, tmp_path / "both") == {f"trt{major}", "rtx"}
     with pytest.raises(AssertionError, match="there are two"):
         build(f"{headers};{headers}", tmp_path / "twice")
 

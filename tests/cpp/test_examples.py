@@ -28,7 +28,6 @@ from edgeattn.errors import EdgeattnError
 from edgeattn.runtime import EncoderSession, Session, generate
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cpp"
-VERSION = "10.14.0"
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ def text(*arguments: object, given: str = "") -> str:
 
 
 def test_generate(
-    native: Examples, export_stories: Callable[..., Path], there: dict[str, str]
+    native: Examples, export_stories: Callable[..., Path], there: dict[str, str], tensorrt: str
 ) -> None:
     bundle = export_stories(target="a100", context=96)
     profiles = (
         DecoderProfile("prefill", Range(1, 1, 1), Range(1, 32, 32), Range(0, 0, 64)),
         DecoderProfile("decode", Range(1, 1, 1), Range(1, 1, 1), Range(0, 64, 95)),
     )
-    write_engine(bundle, profiles, record={"tensorrt": VERSION})
+    write_engine(bundle, profiles, record={"tensorrt": tensorrt})
     ids = text(bundle, "encode", "Once upon a time")
     done = native.start("generate", bundle, 20, given=ids, environment=there)
     assert done.returncode == 0, done.stderr
@@ -106,7 +105,7 @@ def test_generate(
 
 
 def test_embed(
-    native: Examples, tiny_checkpoint: Path, tmp_path: Path, there: dict[str, str]
+    native: Examples, tiny_checkpoint: Path, tmp_path: Path, there: dict[str, str], tensorrt: str
 ) -> None:
     pytest.importorskip("transformers")
     from encoders import save_embedder
@@ -117,7 +116,7 @@ def test_embed(
     save_embedder(tmp_path / "model", tiny_checkpoint / "tokenizer.json")
     export(tmp_path / "model", Recipe("a100"), tmp_path / "out", verify=False)
     profile = EncoderProfile("any", Range(1, 1, 1), Range(1, 10, 40))
-    write_engine(tmp_path / "out", [profile], record={"tensorrt": VERSION})
+    write_engine(tmp_path / "out", [profile], record={"tensorrt": tensorrt})
     texts = ["a cat", "a kitten", "tax"]
     ids = text(tmp_path / "out", "encode", *texts)
     done = native.start("embed", tmp_path / "out", given=ids, environment=there)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,3 +115,38 @@ def test_the_library_moves(library: Any, tmp_path: Path) -> None:
     moved = shutil.copy(library.path, tmp_path / "another name.so")
     report = checked(CASES[0], stored(CASES[0], tmp_path / "model.onnx"), Path(moved))
     assert (report.status, report.plugin_layers) == ("built", 1)
+
+
+CREATE = """
+import sys
+
+import numpy as np
+import tensorrt_rtx as trt
+
+
+class Logger(trt.ILogger):
+    def __init__(self):
+        super().__init__()
+
+    def log(self, severity, message):
+        if severity == trt.ILogger.ERROR:
+            print(message)
+
+
+logger = Logger()
+registry = trt.Runtime(logger).get_plugin_registry()
+registry.load_library(sys.argv[1])
+creator = registry.get_creator("RecurrentLinearAttention", "1", "edgeattn")
+wrong = trt.PluginField("delta", np.array([2], dtype=np.int32), trt.PluginFieldType.INT32)
+fields = trt.PluginFieldCollection([wrong])
+assert creator.create_plugin("node", fields, trt.TensorRTPhase.BUILD) is None
+"""
+
+
+def test_what_a_plugin_refuses_is_in_tensorrt_s_own_log(library: Any) -> None:
+    """Its logger has another layout than TensorRT 10, whose headers the library is built with."""
+    done = subprocess.run(
+        [sys.executable, "-c", CREATE, library.path], capture_output=True, text=True, check=True
+    )
+    assert "expected delta and normalise of 0 or 1, but 2 came" in done.stdout
+    assert "delta" not in done.stderr

@@ -44,7 +44,7 @@ def _stub(interface: str, header: str) -> str:
     assert found, interface
     body = re.sub(r"^#if.*?^#endif[^\n]*$", "", found[1], flags=re.MULTILINE | re.DOTALL)
     body = re.sub(r"//[^\n]*|/\*.*?\*/", "", body, flags=re.DOTALL)
-    pure = re.findall(r"\bvirtual\s+([^;{}]*?)\s*=\s*0\s*;", body)
+    pure = re.findall(r"\bvirtual\s+([^;{}~]*?)\s*=\s*0\s*;", body)  # destructors have a body
     assert pure, interface
     lines = [f'    {" ".join(one.split())} override {{ missing("{name}"); }}' for one in pure]
     stub = f"class Stub{name.removeprefix('V').removeprefix('I')} : public {interface}"

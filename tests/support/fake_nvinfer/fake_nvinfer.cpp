@@ -1,7 +1,7 @@
 // A libnvinfer for machines without a GPU, with the vtables of the headers it is built with. engine_server.py runs the
 // engines, on the memory and the stream of fake_cuda.c. The environment says
 //   FAKE_NVINFER_PYTHON and FAKE_NVINFER_SERVER: how to start it,
-//   FAKE_NVINFER_VERSION (101400): what getInferLibVersion returns,
+//   FAKE_NVINFER_VERSION: what getInferLibVersion returns,
 //   FAKE_NVINFER_FAIL=FUNCTION or FUNCTION:N: what fails, always or in the one call after N,
 //   FAKE_NVINFER_LOG: a file to which every function that is entered is added.
 // Misuse is an error, as it would be on a GPU: shapes outside the profile, an address that is missing, a stream that is
@@ -464,11 +464,11 @@ private:
 extern "C" int32_t getInferLibVersion() noexcept
 {
     (void)fails("getInferLibVersion");
-    return std::stoi(setting("FAKE_NVINFER_VERSION", "101400"));
+    return std::stoi(setting("FAKE_NVINFER_VERSION"));
 }
 
 extern "C" void* createInferRuntime_INTERNAL(void* logger, int32_t version) noexcept
 {
-    bool const failed = fails("create_runtime") || version != std::stoi(setting("FAKE_NVINFER_VERSION", "101400"));
+    bool const failed = fails("create_runtime") || version != std::stoi(setting("FAKE_NVINFER_VERSION"));
     return failed ? nullptr : new Runtime(*static_cast<ILogger*>(logger));
 }
