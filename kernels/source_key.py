@@ -28,17 +28,29 @@ def source_key(function: Any) -> str:
         # not by `hash`, which is Triton's key
         if id(current) in parts:
             continue
-        constants = {}
+        names: dict[str, str] = {}
         for name, value in _references(current):
             if _is_function(value):
+                names[name] = _place(value)
                 waiting.append(value)
             elif not (isinstance(value, ModuleType | type) or inspect.isroutine(value)):
-                constants[name] = repr(value)
-        place = f"{current.fn.__module__}.{current.fn.__qualname__}"
+                names[name] = _constant(value)
         inline = not getattr(current, "noinline", False)
-        parts[id(current)] = [place, _text(current), inline, sorted(constants.items())]
+        given = inspect.signature(current.fn).parameters.values()
+        defaults = [_constant(parameter.default) for parameter in given]
+        part = [_place(current), _text(current), inline, defaults, sorted(names.items())]
+        parts[id(current)] = part
     ordered = sorted(parts.values())
     return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()
+
+
+def _place(function: Any) -> str:
+    return f"{function.fn.__module__}.{function.fn.__qualname__}"
+
+
+def _constant(value: Any) -> str:
+    # a constexpr shows a text as it shows a number
+    return repr(value.value if type(value).__name__ == "constexpr" else value)
 
 
 def _is_function(value: Any) -> bool:
@@ -57,13 +69,23 @@ def _text(function: Any) -> str:
 
 
 def _references(function: Any) -> Iterator[tuple[str, Any]]:
-    """Global names in it, with what they are; those of a module of ours by their dotted names."""
+    """Names in it of what is outside of it, with what they are; through modules by dotted names."""
     captured = inspect.getclosurevars(function.fn).nonlocals
     names: Mapping[str, Any] = {**function.fn.__globals__, **captured}
     for node in ast.walk(ast.parse(_text(function))):
         if isinstance(node, ast.Name) and node.id in names:
             yield node.id, names[node.id]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = names.get(node.value.id)
-            if isinstance(module, ModuleType) and not _is_triton(module.__name__):
-                yield f"{node.value.id}.{node.attr}", getattr(module, node.attr, None)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node), _through_modules(node, names)
+
+
+def _through_modules(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """What an attribute of a module of ours is, of a module in it too; else None."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if not isinstance(node, ast.Attribute):
+        return None
+    module = _through_modules(node.value, names)
+    if not isinstance(module, ModuleType) or _is_triton(module.__name__):
+        return None
+    return getattr(module, node.attr, None)

@@ -59,7 +59,7 @@ _ZSH = """\
 #compdef %(prog_name)s
 
 %(complete_func)s() {
-    local kind value help
+    local kind value help done=1
     local -a response whole unfinished described
     (( ! $+commands[%(prog_name)s] )) && return 1
     response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
@@ -76,13 +76,14 @@ _ZSH = """\
                     described+=("$value:$help")
                 fi
                 ;;
-            dir) _path_files -/ ;;
-            file) _path_files -f ;;
+            dir) _path_files -/ && done=0 ;;
+            file) _path_files -f && done=0 ;;
         esac
     done
-    (( $#described )) && _describe -V unsorted described
-    (( $#whole )) && compadd -V unsorted -a whole
-    (( $#unfinished )) && compadd -V unsorted -S '' -a unfinished
+    (( $#described )) && _describe -V unsorted described && done=0
+    (( $#whole )) && compadd -V unsorted -a whole && done=0
+    (( $#unfinished )) && compadd -V unsorted -S '' -a unfinished && done=0
+    return done
 }
 
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """What a session remembers of the tokens it has seen: opaque, immutable, reusable.
 
@@ -45,7 +45,7 @@ class State:
     length: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """The outcome of one run.
 
@@ -305,7 +305,7 @@ def _join(
         return None
     new = np.ones(ids.shape, np.int64) if mask is None else mask
     if state is None:
-        return new
+        return new.copy()  # the caller may write into theirs
     old = np.ones((state.batch, state.length), np.int64) if past is None else past
     return np.concatenate((old, new), axis=1)
 
@@ -346,7 +346,7 @@ def _find_likeliest(
     """
     found: NDArray[np.int64] = logits.argmax(axis=2)
     # item() and the standard library: a fifth of the time of numpy's indexing and isfinite
-    if found.size == 1:
+    if found.size == 1 and mask is None:
         sound = math.isfinite(logits.item(found.item()))
     else:
         rows = logits.reshape(-1, logits.shape[2])

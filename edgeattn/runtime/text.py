@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # A character is at most 4 bytes, so at most 4 tokens; what is unfinished after more never will be.
 _MOST_HELD_BACK = 4
 # Tokens of the prompt that a stream starts from; most decoders look back at one.
@@ -75,7 +77,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def piece(self, token_id: int) -> str | None:
         """The text of a token wherever it stands; None where that depends on those around it.
@@ -92,6 +94,11 @@ class Text:
                 return None
             self._pieces[token_id] = piece
         return piece
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether it is a byte of a character that the vocabulary lacks, as "<0xE2>"."""
+        token = self.tokenizer.id_to_token(int(token_id))
+        return token is not None and _BYTE.fullmatch(token) is not None
 
     @cached_property
     def _is_context_free(self) -> bool:
@@ -135,7 +142,10 @@ class TextStream:
     def __init__(self, text: Text, prompt_ids: Sequence[int]) -> None:
         self._text = text
         # The text of a token depends on the one before: some decoders drop a leading space.
-        self._known = list(prompt_ids[-_CONTEXT:])
+        start = max(0, len(prompt_ids) - _CONTEXT)
+        while start > 0 and text.is_byte(prompt_ids[start]):  # a part of a character spoils a run
+            start -= 1
+        self._known = list(prompt_ids[start:])
         self._known_text = text.decode(self._known)
         self._pending: list[int] = []
 

@@ -32,7 +32,8 @@ Function* virtualFunction(void* object, size_t place) noexcept
     return reinterpret_cast<Function*>((*static_cast<void***>(object))[place]);
 }
 
-//! What getInferLibVersion says in the library that an object's class is from; 0 where it has no such function.
+//! What getInferLibVersion says in the library that an object's class is from, or in one that this library needs; 0
+//! where there is no such function.
 int32_t tensorRTVersion(void* object) noexcept
 {
     Dl_info from{};
@@ -41,7 +42,7 @@ int32_t tensorRTVersion(void* object) noexcept
         return 0;
     }
     void* const library = dlopen(from.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    // a program that TensorRT is linked into cannot be opened by its name
+    // A program that TensorRT is linked into cannot be opened by its name; it may export the function.
     void* const symbol = dlsym(library == nullptr ? RTLD_DEFAULT : library, "getInferLibVersion");
     int32_t const version = symbol == nullptr ? 0 : reinterpret_cast<int32_t (*)() noexcept>(symbol)();
     if (library != nullptr)

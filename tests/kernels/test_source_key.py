@@ -33,17 +33,30 @@ FUNCTIONS = """
     import triton.language as tl
 
     import source_key_callees as callees
+    import source_key_package.inner
 
+    FIRST, SECOND = callees.far, callees.other
     STEP = tl.constexpr(16)
 
     @triton.jit
     def near(x):
         return x * STEP
 
+    def make(factor: tl.constexpr):
+        @triton.jit
+        def times(x, shift=2):
+            return x * factor + shift
+
+        return times
+
+    captured = make(tl.constexpr(5))
+
     @triton.jit
     def kernel(x, y, BLOCK: tl.constexpr):
         place = tl.arange(0, BLOCK)
-        tl.store(y + place, near(callees.far(tl.load(x + place))))
+        row = near(callees.far(tl.load(x + place)))
+        row = FIRST(row) - SECOND(row) + source_key_package.inner.added(row)
+        tl.store(y + place, row * captured(row))
 """
 CALLEES = """
     import triton
@@ -54,8 +67,27 @@ CALLEES = """
     @triton.jit
     def far(x):
         return x + SHIFT
+
+    @triton.jit
+    def other(x):
+        return x - 7
 """
-MODULES = ("source_key_callees", "source_key_functions")
+PACKAGED = """
+    import triton
+    import triton.language as tl
+
+    SCALE = tl.constexpr(9)
+
+    @triton.jit
+    def added(x):
+        return x + SCALE
+"""
+MODULES = {
+    "source_key_package": "",
+    "source_key_package.inner": PACKAGED,
+    "source_key_callees": CALLEES,
+    "source_key_functions": FUNCTIONS,
+}
 
 
 @pytest.fixture
@@ -65,16 +97,14 @@ def key_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 
     def key(old: str = "", new: str = "") -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        assert old in CALLEES + FUNCTIONS
-        for name, text in zip(MODULES, (CALLEES, FUNCTIONS), strict=True):
-            replaced = text.replace(old, new) if old else text
-            (folder / f"{name}.py").write_text(textwrap.dedent(replaced))
+        (folder / "source_key_package").mkdir(parents=True)
+        assert old in "".join(MODULES.values())
+        for name, text in MODULES.items():
+            file = folder / (name.replace(".", "/") + ("" if text else "/__init__") + ".py")
+            file.write_text(textwrap.dedent(text.replace(old, new) if old else text))
         with monkeypatch.context() as patch:
             patch.syspath_prepend(folder)
-            for name in MODULES:
-                patch.delitem(sys.modules, name, raising=False)
-            kernel = importlib.import_module(MODULES[1]).kernel
+            kernel = importlib.import_module("source_key_functions").kernel
             for name in MODULES:
                 del sys.modules[name]
         found: str = source_key(kernel)
@@ -101,6 +131,12 @@ def test_the_same_for_the_same_code(key_with: Callable[..., str]) -> None:
         ("constexpr(16)", "constexpr(32)"),
         ("constexpr(3)", "constexpr(4)"),
         ("constexpr(3)", "constexpr(3.0)"),
+        ("constexpr(3)", 'constexpr("3")'),
+        ("constexpr(5)", "constexpr(6)"),
+        ("constexpr(9)", "constexpr(10)"),
+        ("x + SCALE", "x * SCALE"),
+        ("callees.far, callees.other", "callees.other, callees.far"),
+        ("shift=2", "shift=3"),
         ("@triton.jit\n    def far", "@triton.jit(noinline=True)\n    def far"),
         ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK) + 1"),
     ],

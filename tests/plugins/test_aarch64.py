@@ -36,6 +36,7 @@ def test_it_lists_creators_and_variants(emulated: Any) -> None:
     assert (table["arch"], table["ops"]) == ("aarch64", names)
     assert {variant["sm"] for variant in table["variants"]} >= {87, 110}
     assert answers["shape"] == "1"  # an exception was thrown and caught there
+    assert answers.logged.startswith("1 edgeattn: ")
 
 
 @pytest.mark.parametrize("spec", PLUGIN_OPS, ids=case_id)

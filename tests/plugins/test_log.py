@@ -15,7 +15,7 @@ SENTENCE = "edgeattn: RecurrentLinearAttention: "
     [(10, 100300), (10, 101401), (11, 110000), (11, 110100), (11, 10600), (11, 10701)],
 )
 def test_the_logger_of_a_known_tensorrt(library: Any, layout: int, version: int) -> None:
-    """Three of them have another layout than the headers that the library is compiled against."""
+    """Not all have the layout of the headers that the library is compiled against."""
     answers = library.drive(WRONG, tensorrt=(layout, version))
     assert answers["create"] == "failed"
     assert answers.logged.startswith(f"1 {SENTENCE}")

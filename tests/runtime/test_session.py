@@ -14,6 +14,7 @@ from edgeattn.bundle.bundle import Bundle
 from edgeattn.errors import BundleError, MissingDependencyError, RuntimeInputError, UsageError
 from edgeattn.runtime import Session
 from edgeattn.runtime.onnxruntime_backend import open_onnxruntime
+from edgeattn.runtime.session import _find_likeliest
 
 ROW = [1, 403, 407, 261, 378, 432, 286, 356]
 
@@ -64,6 +65,23 @@ def test_a_state_can_branch(stories):
     assert (start.batch, start.length, first.state.length) == (1, 5, 6)
     with pytest.raises(AttributeError):
         start._mask = None
+
+
+def test_a_state_has_a_mask_of_its_own(stories):
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    state = stories.run([ROW[:4], ROW[:4]], attention_mask=mask).state
+    expected = stories.run([[5], [5]], state).logits
+    mask[:] = 1
+    np.testing.assert_array_equal(stories.run([[5], [5]], state).logits, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_logits_at_padding_mean_nothing(length):
+    logits = np.zeros((1, length, 4), np.float32)
+    logits[0, -1] = np.nan
+    _find_likeliest(logits, np.array([[1, 0][-length:]]))
+    with pytest.raises(RuntimeInputError, match="finite logits"):
+        _find_likeliest(logits, None)
 
 
 def test_cache_bytes(stories):
