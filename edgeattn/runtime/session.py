@@ -305,7 +305,8 @@ def _join(
         return None
     new = np.ones(ids.shape, np.int64) if mask is None else mask
     if state is None:
-        return new.copy()  # the caller may write into theirs
+        own: NDArray[np.int64] = new.copy()  # the caller may write into theirs
+        return own
     old = np.ones((state.batch, state.length), np.int64) if past is None else past
     return np.concatenate((old, new), axis=1)
 
